@@ -1,0 +1,72 @@
+"""Streaming first and second moments of features in float64, added in a fixed order.
+
+Each chunk is centred on its own mean before it is squared, and joined to what came before by the pairwise
+update of Chan, Golub and LeVeque (1979, eq. 2.1), so no precision is lost to a large mean. Memory is
+O(d^2), whatever the number of pictures.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter of a set of feature vectors.
+
+    Attributes:
+        count: Number of vectors n.
+        mean: [d] float64.
+        scatter: [d, d] float64, the sum of (x - mean)(x - mean)^T.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """[d, d] float64 unbiased covariance (divisor n - 1), as numpy.cov in TTUR and clean-fid."""
+        assert self.count >= 2, "a covariance needs two vectors"
+        return self.scatter / (self.count - 1)
+
+
+class MomentSums:
+    """Moments in the making. The order of the chunks moves the last digits, so keep it fixed.
+
+    Args:
+        dim: d, the number of features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Add a chunk [n, d], n >= 1, of any float type."""
+        x = features.to(torch.float64)
+        assert x.ndim == 2, x.shape
+        assert len(x) > 0, "a chunk holds at least one vector"
+        mean = x.mean(dim=0)
+        count = self._count + len(x)
+        step = mean - self._mean
+        # The scatter between both means, n_a n_b / n step step^T, rides along as one more row.
+        between = step * math.sqrt(self._count * len(x) / count)
+        rows = torch.cat((x - mean, between[None]))
+        self._scatter.addmm_(rows.T, rows)
+        self._mean += step * (len(x) / count)
+        self._count = count
+
+    def result(self) -> Moments:
+        """Moments of all vectors added so far."""
+        return Moments(self._count, self._mean.clone(), self._scatter.clone())
+
+
+def moments_of(features: Tensor) -> Moments:
+    """Moments of one set [n, d], n >= 1."""
+    sums = MomentSums(features.shape[1])
+    sums.add(features)
+    return sums.result()

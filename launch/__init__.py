@@ -1,0 +1,1 @@
+"""Starting and operating the system: command line, scripts, cluster manifests, self-checks."""

@@ -1,0 +1,1 @@
+"""Sub-commands of `ddpm`: thin shells over documented functions."""

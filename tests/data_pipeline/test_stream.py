@@ -1,0 +1,167 @@
+import io
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import ImageStream
+from data_pipeline.build import BuildOptions, build
+from data_pipeline.errors import StorageFault, UserError
+from data_pipeline.index import load_index
+from data_pipeline.sources import Item
+from data_pipeline.sources.digits import DigitsSource
+from data_pipeline.stream import read_split
+
+
+def stream(url: object, **options: object) -> ImageStream:
+    chosen = {"seed": 3, "global_batch": 100, "channels": 1, "image_size": 8, "window_shards": 3, **options}
+    return ImageStream(str(url), **chosen)  # type: ignore[arg-type]
+
+
+def take(url: object, count: int, **options: object) -> list[tuple[list[int], bytes]]:
+    with stream(url, **options) as batches:
+        return [(b.positions.tolist(), b.images.tobytes()) for b in itertools.islice(batches, count)]
+
+
+def threads_alive() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("image-stream")]
+
+
+def test_shapes_and_cursor(digits_url: str) -> None:
+    with stream(digits_url, position=40) as batches:
+        assert batches.position == 40
+        batch = next(batches)
+        assert batch.images.shape == (100, 8, 8, 1)
+        assert batch.images.dtype == np.uint8
+        assert batch.positions.tolist() == list(range(40, 140))
+        assert batches.position == 140
+        assert batches.wait_seconds > 0
+        assert batches.index_sha == load_index(digits_url).sha256
+        assert batches.epoch_size == load_index(digits_url).index.samples("train")
+        assert batches.rereads == 0
+
+
+def test_one_epoch_holds_every_picture_once(digits_url: str) -> None:
+    size = load_index(digits_url).index.samples("train")
+    with stream(digits_url, global_batch=size) as batches:
+        first, second = (next(batches).images.reshape(size, -1) for _ in range(2))
+    (whole,) = read_split(digits_url, "train", channels=1, image_size=8, batch=size)
+    expected = sorted(image.tobytes() for image in whole)
+    assert sorted(image.tobytes() for image in first) == expected
+    assert sorted(image.tobytes() for image in second) == expected
+    assert not np.array_equal(first, second)
+
+
+def test_neither_threads_nor_prefetch_change_anything(digits_url: str) -> None:
+    expected = take(digits_url, 20, threads=1, prefetch_batches=1)
+    assert take(digits_url, 20, threads=4, prefetch_batches=7) == expected
+    assert take(digits_url, 20, seed=4) != expected
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_together_are_the_global_batch(digits_url: str, world: int) -> None:
+    expected = take(digits_url, 3)
+    parts = [take(digits_url, 3, rank=rank, world=world) for rank in range(world)]
+    for number in range(3):
+        positions = [p for part in parts for p in part[number][0]]
+        pictures = b"".join(part[number][1] for part in parts)
+        assert (positions, pictures) == expected[number]
+
+
+def test_more_ranks_than_images(digits_url: str) -> None:
+    with stream(digits_url, global_batch=2, rank=2, world=3) as batches:
+        assert next(batches).images.shape == (0, 8, 8, 1)
+
+
+def test_resumed_at_any_position(digits_url: str) -> None:
+    whole = take(digits_url, 18)  # crosses an epoch
+    assert take(digits_url, 4, position=1400) == whole[14:]
+    # Another batch size from there on continues the same sequence.
+    finer = take(digits_url, 8, position=1400, global_batch=50)
+    assert b"".join(pictures for _, pictures in finer) == b"".join(pictures for _, pictures in whole[14:])
+
+
+def test_index_order_is_the_sources(digits_url: str) -> None:
+    batches = list(read_split(digits_url, "val", channels=1, image_size=8, batch=64, limit=130))
+    assert [len(batch) for batch in batches] == [64, 64, 2]
+    pictures = {
+        np.asarray(Image.open(io.BytesIO(item.data))).tobytes(): i for i, item in enumerate(DigitsSource())
+    }
+    numbers = [pictures[image.tobytes()] for batch in batches for image in batch]
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"image_size": 16}, "holds pictures of size 8 with 1 channel.*image.size"),
+        ({"channels": 3}, "asked for are size 8 with 3"),
+        ({"split": "test"}, "no split 'test'"),
+        ({"global_batch": 0}, "global batch"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_wishes_are_refused_at_once(digits_url: str, options: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        stream(digits_url, **options)
+
+
+def test_no_data_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"index\.json: no such file.*ddpm data build"):
+        stream(tmp_path / "nothing")
+
+
+class Mixed:
+    """A source whose pictures have two sizes."""
+
+    kind = name = "mixed"
+    native_size: int | None = None
+    default_channels = 3
+    default_val_fraction = 0.3
+
+    def count(self) -> int:
+        return 40
+
+    def __iter__(self) -> Iterator[Item]:
+        for number in range(40):
+            buffer = io.BytesIO()
+            Image.new("RGB", (9, 8) if number == 17 else (8, 8), (number, 0, 0)).save(buffer, "PNG")
+            yield Item(f"n{number}", f"n{number}", buffer.getvalue())
+
+
+def test_a_picture_of_another_shape_names_shard_and_key(tmp_path: Path) -> None:
+    """Shards are data from outside: here the index is made to promise what one picture does not keep."""
+    build(Mixed(), str(tmp_path / "wide"), BuildOptions(size=9))
+    index = tmp_path / "wide" / "index.json"
+    index.write_bytes(index.read_bytes().replace(b'"size": 9', b'"size": 8'))
+    with stream(tmp_path / "wide", channels=3) as batches:
+        with pytest.raises(UserError, match=r"shard-00000\d\.tar member \d+ \(key 'n\d+'\): 9 x 9 pixels"):
+            next(batches)
+        with pytest.raises(StopIteration):
+            next(batches)
+    assert threads_alive() == []
+
+
+def test_errors_of_the_threads_reach_the_consumer(damageable_url: Path) -> None:
+    entries = load_index(str(damageable_url)).shards("train")
+    (damageable_url / entries[-1].name).unlink()
+    with (
+        stream(damageable_url, window_shards=1) as batches,
+        pytest.raises(StorageFault, match=entries[-1].name),
+    ):
+        list(itertools.islice(batches, 20))
+    assert threads_alive() == []
+
+
+def test_close_joins_the_threads_and_may_be_repeated(digits_url: str) -> None:
+    batches = stream(digits_url)
+    next(batches)
+    assert threads_alive()
+    batches.close()
+    batches.close()
+    assert threads_alive() == []
+    assert list(batches) == []

@@ -1,0 +1,79 @@
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import UserError
+from eval.evaluate import make_protocol
+from eval.features import EFFNETLITE0
+from eval.protocol import ImageShape, PictureSet, Protocol
+from tests.support import tiny_recipe
+
+OTHER: dict[str, Any] = {
+    "spec": "other",
+    "features": EFFNETLITE0.model_copy(update={"sha256": "1" * 64}),
+    "reference": PictureSet(index_sha256="1" * 64, split="train"),
+    "held_out": PictureSet(index_sha256="0" * 64, split="train"),
+    "samples": 9,
+    "sampler": "ancestral",
+    "steps": 3,
+    "eta": 0.5,
+    "ema": "raw",
+    "ema_profile": {},
+    "seed": 1,
+    "image": ImageShape(size=16, channels=1),
+    "chunk": 5,
+    "feature_batch": 1,
+    "splits": 10,
+    "precision": "bfloat16",
+    "quantisation": "round",
+    "version": 2,
+}
+
+
+@pytest.fixture
+def protocol() -> Protocol:
+    return make_protocol(tiny_recipe(), "quick", "0" * 64)[0]
+
+
+def test_every_field_moves_the_hash(protocol: Protocol) -> None:
+    assert set(OTHER) == set(Protocol.model_fields)
+    directories = {protocol.model_copy(update={name: value}).directory for name, value in OTHER.items()}
+    assert len(directories | {protocol.directory}) == len(OTHER) + 1
+
+
+def test_name_and_round_trip(protocol: Protocol) -> None:
+    again = Protocol.from_json(protocol.to_json(), "protocol.json")
+    assert again == protocol
+    assert again.directory == f"quick-{protocol.sha256[:12]}"
+
+
+def test_the_hash_is_a_format() -> None:
+    # Written once: folders of existing runs bear it. A change here orphans their results.
+    frozen = Protocol(
+        spec="quick",
+        features=EFFNETLITE0,
+        reference=PictureSet(index_sha256="0" * 64, split="train"),
+        held_out=PictureSet(index_sha256="0" * 64, split="val"),
+        samples=8,
+        sampler="ddim",
+        steps=2,
+        eta=0.0,
+        ema="main",
+        ema_profile={"decay": 0.9999, "per_images": 128},
+        seed=0,
+        image=ImageShape(size=8, channels=1),
+        chunk=4,
+        feature_batch=16,
+        splits=1,
+    )
+    assert frozen.directory == "quick-cb1baf235aed"
+
+
+def test_bad_specifications() -> None:
+    recipe = tiny_recipe()
+    with pytest.raises(UserError, match=r"evaluation\.slow: no such specification; known: quick"):
+        make_protocol(recipe, "slow", "0" * 64)
+    with pytest.raises(UserError, match=r"evaluation\.quick\.steps=5000 exceeds .*=1000; lower it"):
+        make_protocol(tiny_recipe(["evaluation.quick.steps=5000"]), "quick", "0" * 64)
+    with pytest.raises(UserError, match="never downloaded silently"):
+        make_protocol(tiny_recipe(["evaluation.quick.features=inception"]), "quick", "0" * 64)

@@ -1,0 +1,74 @@
+"""Helpers shared by tests: small real runs without training."""
+
+from collections.abc import Sequence
+
+import torch
+
+from trainer import checkpoint as checkpoints
+from trainer.manifest import FileEntry, Manifest, Topology, checkpoint_name
+from trainer.recipe import Recipe, load_recipe
+from trainer.run import Run
+from trainer.unet import UNet
+
+TINY = (
+    "model.base_channels=8",
+    "model.num_res_blocks=1",
+    "model.norm_groups=4",
+    "evaluation.quick.samples=8",
+    "evaluation.quick.steps=2",
+    "evaluation.quick.chunk=4",
+)
+"""Overrides that make the quickstart recipe's network and protocol tiny."""
+
+
+def tiny_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    return load_recipe("quickstart", [*TINY, *overrides])
+
+
+def make_run(
+    url: str,
+    *,
+    recipe_overrides: Sequence[str] = (),
+    images_list: Sequence[int] = (64, 128),
+    seed: int = 0,
+    index_sha: str = "0" * 64,
+) -> Run:
+    """A run directory with one attempt and real checkpoints of a tiny, randomly initialised network."""
+    recipe = tiny_recipe(recipe_overrides)
+    run = Run(url)
+    run.adopt_recipe(recipe)
+    attempt = run.claim_attempt(None, "test-host", recipe, index_sha)
+    for images in images_list:
+        torch.manual_seed(seed + images)
+        publish_checkpoint(run, recipe, attempt.attempt, images, UNet(recipe.unet_config()), index_sha)
+    return run
+
+
+def publish_checkpoint(
+    run: Run, recipe: Recipe, attempt: int, images: int, model: UNet, index_sha: str
+) -> Manifest:
+    name = checkpoint_name(images, attempt)
+    weights = dict(model.named_parameters())
+    files: list[FileEntry] = [checkpoints.write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights")]
+    for profile in recipe.ema:
+        files.append(
+            checkpoints.write_part(run, name, checkpoints.ema_file(profile), weights, "ema", ema=profile)
+        )
+    pieces = [
+        checkpoints.Slice(key, 0, value.numel(), {"master": value.detach().flatten()})
+        for key, value in weights.items()
+    ]
+    files.append(checkpoints.write_state(run, name, 0, pieces))
+    manifest = Manifest(
+        run=run.attempts()[-1].run,
+        attempt=attempt,
+        images=images,
+        position=images,
+        updates=images // recipe.batch.total,
+        recipe_sha=recipe.sha256,
+        index_sha=index_sha,
+        topology=Topology(world=1, zero_stage=1, device="cpu"),
+        files=files,
+    )
+    checkpoints.publish(run, manifest)
+    return manifest

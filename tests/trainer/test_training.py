@@ -1,0 +1,220 @@
+"""Training for real: two ranks under the deepspeed launcher, killed, resumed, stopped, in other layouts."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.build import build
+from data_pipeline.errors import UserError
+from data_pipeline.sources.digits import DigitsSource
+from tests.support import TINY, make_run
+from trainer.checkpoint import read_part
+from trainer.run import Run
+from trainer.supervisor import Placement, supervise
+from trainer.weights import load_for_inference
+
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = str(REPOSITORY / "launch" / "train.sh")
+BATCH = 32
+SETTINGS = (
+    *TINY,
+    f"batch.total={BATCH}",
+    "optimizer.warmup_images=128",
+    "model.dropout=0.1",
+    f"train.images={10 * BATCH}",
+    f"checkpoint.every_images={4 * BATCH}",
+    f"logging.every_images={BATCH}",
+    "logging.tensorboard=false",
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("shards"))
+    build(DigitsSource(), url)
+    return url
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Run:
+    run = Run(str(tmp_path_factory.mktemp("uninterrupted") / "run"))
+    code, log = train(run, shards)
+    assert code == 0, log
+    return run
+
+
+def start(
+    run: Run, shards: str, *, options: Sequence[str] = (), settings: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    environment = {**os.environ, "DDPM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [TRAIN, "quickstart", f"run={run.url}", f"data.url={shards}", *SETTINGS, *settings, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(
+    run: Run, shards: str, *, options: Sequence[str] = (), settings: Sequence[str] = ()
+) -> tuple[int, str]:
+    process = start(run, shards, options=options, settings=settings)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+def lines_until(process: subprocess.Popen[str], text: str) -> Iterator[str]:
+    """Read the output up to the line that holds `text`."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line
+        if text in line:
+            return
+    raise AssertionError(f"the program ended without saying {text!r}")
+
+
+def ranks_of(run: Run) -> list[psutil.Process]:
+    """The ranks of a run, and no launcher."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if f"run={run.url}" in command and "worker" in command and "deepspeed" not in " ".join(command):
+            found.append(process)
+    return found
+
+
+def processes_of(run: Run) -> list[psutil.Process]:
+    """Everything that trains a run."""
+    return [p for p in psutil.process_iter(["cmdline"]) if f"run={run.url}" in (p.info["cmdline"] or [])]
+
+
+def tensors(run: Run, name: str) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, its state slices included, by part and key."""
+    manifest = run.manifest(name)
+    return {
+        f"{entry.path}/{key}": value
+        for entry in manifest.files
+        for key, value in read_part(run, manifest, entry).items()
+    }
+
+
+def losses(run: Run, attempts: Sequence[int]) -> dict[int, str]:
+    """Loss by images, in hex, of the rows that the given attempts published."""
+    rows: dict[int, str] = {}
+    for attempt in attempts:
+        folder = f"metrics/{attempt:06d}"
+        for segment in run.storage.list(folder):
+            for line in run.storage.read(f"{folder}/{segment}").decode().splitlines():
+                row = json.loads(line)
+                rows[row["images"]] = float(row["loss"]).hex()
+    return rows
+
+
+def test_killed_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path, shards: str, uninterrupted: Run
+) -> None:
+    run = Run(str(tmp_path / "run"))
+    process = start(run, shards, options=["--restarts", "1"])
+    list(lines_until(process, f"checkpoint {4 * BATCH:010d}-000001 published"))
+    victims = ranks_of(run)
+    assert len(victims) == 2
+    victims[1].kill()
+    list(lines_until(process, "attempt 2 of run"))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 75, output
+    assert processes_of(run) == []
+    end = run.ended()
+    assert end is not None
+    assert end.outcome == "requeue"
+    assert end.images < 10 * BATCH, "the stop must have come before the end"
+
+    code, log = train(run, shards)
+    assert code == 0, log
+    parents = [attempt.parent for attempt in run.attempts()]
+    assert parents[0] is None
+    assert parents[1] is not None, "the kill must have cost an attempt"
+    assert parents[2] == end.checkpoint
+    assert processes_of(run) == []
+
+    assert run.live_checkpoints()[-1] == f"{10 * BATCH:010d}-000003"
+    resumed, whole = (tensors(r, r.live_checkpoints()[-1]) for r in (run, uninterrupted))
+    assert resumed.keys() == whole.keys()
+    assert any(key.startswith("state/rank-0001") and "exp_avg_sq" in key for key in whole)
+    assert any(key.startswith("state/rank-0001") and "ema.main" in key for key in whole)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert losses(run, [1, 2, 3]) == losses(uninterrupted, [1])
+    assert len(losses(uninterrupted, [1])) == 10
+
+
+@pytest.mark.slow
+def test_one_rank_with_accumulation_takes_over_from_two(
+    tmp_path: Path, shards: str, uninterrupted: Run
+) -> None:
+    """Another layout loads the state and stays on the same trajectory, up to the order of sums."""
+    settings = ["model.dropout=0", f"train.images={6 * BATCH}"]
+    runs = [Run(str(tmp_path / name)) for name in ("whole", "changed")]
+    for run, last in ((runs[0], 6), (runs[1], 3)):
+        code, log = train(run, shards, settings=[*settings, f"train.images={last * BATCH}"])
+        assert code == 0, log
+    code, log = train(runs[1], shards, settings=[*settings, "batch.micro=10"], options=["--ranks", "1"])
+    assert code == 0, log
+    manifests = [run.manifest(run.live_checkpoints()[-1]) for run in runs]
+    assert [manifest.topology.world for manifest in manifests] == [2, 1]
+    assert [manifest.images for manifest in manifests] == [6 * BATCH, 6 * BATCH]
+    loaded = [
+        load_for_inference(run, manifest.name, ema=ema, device="cpu").model.state_dict()
+        for run, manifest in zip(runs, manifests, strict=True)
+        for ema in ("raw", "main")
+    ]
+    for whole, changed in zip(loaded[:2], loaded[2:], strict=True):
+        for name, value in whole.items():
+            torch.testing.assert_close(changed[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.url=/nowhere"], "/nowhere"),
+        (["data.url="], "data.url"),
+        (["batch.total=1"], "batch.total=1"),
+        (["seed=5"], "seed: 0 -> 5"),
+        (["image.size=16", "model.attention_resolutions=[8]"], "8x8"),
+        (["data.split=test"], "test"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(
+    shards: str, tmp_path: Path, settings: list[str], message: str
+) -> None:
+    run = make_run(str(tmp_path / "run"), images_list=())
+    overrides = [*TINY, f"run={run.url}", f"data.url={shards}", *settings]
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        supervise("quickstart", overrides, Placement(ranks=2))
+    assert "\n" not in str(caught.value)
+    assert run.newest_attempt() == 1
+
+
+def test_a_mistake_ends_in_one_line_and_exit_2(shards: str, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, log = train(Run(str(tmp_path / "run")), shards, options=["--master_port", str(port)])
+    assert code == 2, log
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, log
+    assert f"--master_port {port}" in errors[0]
+    assert "Traceback" not in log

@@ -1,0 +1,1 @@
+"""Training of denoising diffusion models: mathematics, network, engine, checkpoints."""

@@ -1,0 +1,70 @@
+"""The command line of training, shared by `launch/train.sh` and `ddpm train`."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import ExitCode, StorageFault, UserError
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings over the recipe's, e.g. run=s3://bucket/run data.url=s3://bucket/shards.",
+    ),
+]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe (`ddpm recipe list`) or a .yaml file.")
+]
+
+
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="Processes on this node; default: one per GPU, or 2.")
+    ] = None,
+    num_nodes: Annotated[int, typer.Option("--num_nodes", min=1, help="Nodes of the job.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node_rank", min=0, help="Number of this node.")] = 0,
+    master_addr: Annotated[
+        str, typer.Option("--master_addr", help="Address of node 0, where rank 0 listens.")
+    ] = "127.0.0.1",
+    master_port: Annotated[
+        int | None, typer.Option("--master_port", help="Its port; default: a free one.")
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option("--restarts", min=0, help="How often crashed ranks are started again.")
+    ] = 2,
+) -> None:
+    """Train RECIPE on this node; the same command resumes an existing run.
+
+    Needed: run=FOLDER_OR_URL (the run directory) and data.url=FOLDER_OR_URL (shards of `ddpm data build`).
+    Exit codes: 0 finished, 1 failed, 2 user's mistake, 75 stopped early: start it again to go on.
+    """
+    from trainer.supervisor import Placement, supervise
+
+    logging.basicConfig(level=logging.INFO, format="[supervisor] %(message)s", stream=sys.stderr)
+    placement = Placement(ranks, num_nodes, node_rank, master_addr, master_port)
+    raise typer.Exit(supervise(recipe, overrides or [], placement, restarts))
+
+
+def worker(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train as one rank of a job that a launcher has started (it sets RANK, WORLD_SIZE, LOCAL_RANK)."""
+    from trainer.worker import main
+
+    raise typer.Exit(main(recipe, overrides or []))
+
+
+def report_errors(program: Callable[[], None]) -> None:
+    """Run a command-line program; a user's mistake ends in one line and exit code 2, never a traceback."""
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(ExitCode.USER_MISTAKE) from None
+    except StorageFault as error:
+        print(f"failed: {error}", file=sys.stderr)
+        raise SystemExit(ExitCode.FAILED) from None

@@ -1,0 +1,123 @@
+"""The processes of one training job: identity, small collectives on the CPU, tensors gathered to rank 0."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.errors import ExitCode, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the launcher told this process.
+
+    Attributes:
+        rank: Number of this process among all.
+        world: How many processes there are.
+        local_rank: Number of this process on its node.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def from_launcher(cls) -> "Environment":
+        """Read RANK, WORLD_SIZE and LOCAL_RANK as set by the deepspeed launcher, torchrun or train.sh.
+
+        Raises:
+            UserError: One is missing, so no launcher started this process.
+        """
+        try:
+            return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        except KeyError as error:
+            raise UserError(
+                f"environment variable {error} is not set: start training through launch/train.sh"
+            ) from error
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process: its own GPU, or the CPU where there is none."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Slurm may show each task its own GPU only, numbered 0.
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+
+class FollowedError(RuntimeError):
+    """Rank 0 failed and has reported it; this process only follows, with the same exit code."""
+
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(f"rank 0 ended with exit code {int(code)}; its message tells why")
+        self.code = code
+
+
+class Ranks:
+    """Collectives over all processes; small ones run on the CPU, whatever the devices.
+
+    Needs an initialised default process group. Every method must be called by all ranks together.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self.rank, self.world = environment.rank, environment.world
+        self.device = environment.device
+        self._control: dist.ProcessGroup | None = None  # the default group
+        if dist.get_backend() != "gloo":
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self._control = group
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    def maximum(self, value: int) -> int:
+        """Return the largest of all ranks' values."""
+        tensor = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._control)
+        return int(tensor)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over ranks of a small float64 CPU tensor."""
+        dist.all_reduce(values, group=self._control)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's picklable value, by rank, on every rank."""
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and give its result to all.
+
+        Raises:
+            FollowedError: On the other ranks, if it raised on rank 0 (which raises the error itself).
+        """
+        box: list[Any] = [None]
+        if self.is_main:
+            try:
+                box[0] = (True, action())
+            except BaseException as error:
+                code = ExitCode.USER_MISTAKE if isinstance(error, UserError) else ExitCode.FAILED
+                dist.broadcast_object_list([(False, code)], src=0, group=self._control)
+                raise
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        succeeded, result = box[0]
+        if not succeeded:
+            raise FollowedError(result)
+        return result  # type: ignore[no-any-return]
+
+    def gather_to_main(self, flat: Tensor) -> list[Tensor]:
+        """Return all ranks' equally long 1-D tensors on rank 0 (CPU copies, by rank); empty elsewhere."""
+        parts = [torch.empty_like(flat) for _ in range(self.world)] if self.is_main else None
+        dist.gather(flat, parts, dst=0)
+        return [part.cpu() for part in parts] if parts is not None else []

@@ -1,0 +1,41 @@
+"""What can be known to be wrong before anything is started: the user hears of it within seconds."""
+
+from data_pipeline.errors import UserError
+from data_pipeline.index import LoadedIndex, load_index
+from trainer.recipe import Recipe
+from trainer.run import Run
+
+
+def check_inputs(recipe: Recipe, run: Run, ranks: int) -> LoadedIndex:
+    """Check data, batch arithmetic and the run directory against the recipe; change nothing.
+
+    Args:
+        recipe: The recipe to train.
+        run: The run directory, new or existing.
+        ranks: Processes of the whole job.
+
+    Returns:
+        The index of the training data.
+
+    Raises:
+        UserError: Naming the first key that does not fit.
+    """
+    if not recipe.data.url:
+        raise UserError(
+            "data.url: no training data given; add data.url=FOLDER_OR_URL (see `ddpm data build`)"
+        )
+    if ranks > recipe.batch.total:
+        raise UserError(f"batch.total={recipe.batch.total} is less than the {ranks} ranks; raise it")
+    loaded = load_index(recipe.data.url)
+    if not sum(entry.samples for entry in loaded.shards(recipe.data.split)):
+        raise UserError(f"data.split={recipe.data.split}: holds no picture; choose another split")
+    geometry = loaded.index.geometry
+    if (geometry.size, geometry.channels) != (recipe.image.size, recipe.image.channels):
+        raise UserError(
+            f"image.size={recipe.image.size}, image.channels={recipe.image.channels}: the pictures of "
+            f"{recipe.data.url} are {geometry.size}x{geometry.size} with {geometry.channels} channel(s); "
+            "give those, or build the data at another size"
+        )
+    if run.has_recipe():
+        run.check_recipe(recipe)
+    return loaded
