@@ -6,6 +6,7 @@ Nothing here is special: it starts the commands a user would start (`ddpm data b
 
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -28,11 +29,12 @@ from trainer.recipe import load_recipe
 log = logging.getLogger(__name__)
 
 LAUNCH: Final = Path(__file__).parent
-DEFAULT_MINUTES: Final = 5.0
+DEFAULT_MINUTES: Final = 6.0
 MAX_FD_RATIO: Final = 3.0
 """The last FD must be at most this multiple of real held-out digits' (calibrated once, then fixed)."""
-CHECKPOINTS: Final = 6
 JUDGED_SAMPLES: Final = 512
+INTERRUPTED: Final = 128 + signal.SIGINT
+"""The exit code shells give a program ended by Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def quickstart(
 ) -> None:
     """Build shards, train with two ranks (or all GPUs), score every checkpoint, show the result.
 
-    Exit codes: 0 done; 1 a part failed, or a full-length run on the digits has not learned; 2 user's mistake.
+    Exit codes: 0 done; 1 a part failed, or a full-length run on the digits has not learned; 2 user's mistake;
+    130 stopped by Ctrl-C.
     """
     build, overrides = _data_arguments(data, size)
     folder = (folder or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}").absolute()
@@ -101,8 +104,12 @@ def quickstart(
         else:
             store = f"{Storage(store).url}/{folder.name}"
         plan = Plan(folder, store, build, overrides, minutes, data == "digits")
-        _run_parts(plan, environment)
-        code = _report(plan)
+        try:
+            _run_parts(plan, environment)
+            code = _report(plan)
+        except KeyboardInterrupt:
+            print(f"stopped; what was done so far is in {folder}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
     print(f"finished in {(time.monotonic() - began) / 60:.1f} minutes; everything is in {folder}")
     raise typer.Exit(code)
 
@@ -132,10 +139,12 @@ def _run_parts(plan: Plan, environment: dict[str, str]) -> None:
     build = [sys.executable, "-m", "launch.cli", "data", "build", *plan.build, "--out", plan.shards]
     with Child("data", build, environment, plan.folder / "data.log") as child:
         _check(child.name, child.wait())
-    evaluation = [str(LAUNCH / "eval.sh"), plan.run, "--wait-for-run", "--until-finished", "--threads", "1"]
+    evaluation = [str(LAUNCH / "eval.sh"), plan.run, "--wait-for-run", "--until-finished"]
+    # Scoring shares the cores evenly with training, so that the last score comes soon after the end.
+    evaluation += ["--threads", "1", "--nice", "0", "--poll", "2"]
     train = [str(LAUNCH / "train.sh"), "quickstart", f"run={plan.run}", f"data.url={plan.shards}"]
     with (
-        Child("eval", [*evaluation, "--poll", "2"], environment, plan.folder / "eval.log") as scorer,
+        Child("eval", evaluation, environment, plan.folder / "eval.log") as scorer,
         Child("train", [*train, *_length(plan)], environment, plan.folder / "train.log") as trainer,
     ):
         while not trainer.ended_within(0.2):

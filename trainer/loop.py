@@ -114,7 +114,7 @@ class Trainer:
         self.engine = Engine(recipe, model, self.device, self.micro_steps)
         self.ema = PartitionedEma(recipe.ema, self.engine.masters)
         self.state = self._load(session.parent)
-        self.published = session.parent.name if session.parent else None
+        self.published = session.parent
         self.stream = ImageStream(
             recipe.data.url,
             split=recipe.data.split,
@@ -152,7 +152,7 @@ class Trainer:
                     self.log_metrics(progress)
                 if is_due(recipe.checkpoint.every_images, before, state.images):
                     self.save()
-        if self.published is None or self.published != self._name():
+        if self.published is None or self.published.images != state.images:
             self.save()
         self._end("requeue" if reason is StopReason.REQUESTED else "finished")
         return reason
@@ -240,8 +240,7 @@ class Trainer:
                 file = checkpoints.ema_file(profile)
                 entries.append(checkpoints.write_part(run, name, file, tensors, "ema", ema=profile))
         files = [entry for part in self.ranks.gather(entries) for entry in part]
-        self.ranks.on_main(lambda: self._publish(files))
-        self.published = name
+        self.published = self.ranks.on_main(lambda: self._publish(files))
         log.info("checkpoint %s published in %.2f s", name, time.monotonic() - began)
 
     def close(self) -> None:
@@ -270,10 +269,12 @@ class Trainer:
             files=files,
         )
 
-    def _publish(self, files: list[FileEntry]) -> None:
-        checkpoints.publish(self.run, self._manifest(files))
+    def _publish(self, files: list[FileEntry]) -> Manifest:
+        manifest = self._manifest(files)
+        checkpoints.publish(self.run, manifest)
         self.metrics.publish(self.state.images)
         self.retention.apply()
+        return manifest
 
     def _whole_averages(self) -> dict[str, dict[str, Tensor]]:
         """Return each profile's whole tensors on rank 0; all ranks take part."""
@@ -304,7 +305,7 @@ class Trainer:
                 "attempt": self.session.attempt.attempt,
                 "outcome": outcome,
                 "images": self.state.images,
-                "checkpoint": self.published,
+                "checkpoint": self.published.name if self.published else None,
             }
         )
         self.ranks.on_main(lambda: self.run.end_attempt(end))

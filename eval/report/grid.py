@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_MIN_SIDE: Final = 32
+_MIN_SIDE: Final = 48
 _GAP: Final = 2
 _GROUND: Final = 255
 
@@ -22,7 +22,7 @@ def sample_grid(images: NDArray[np.uint8], columns: int | None = None) -> Image.
 
     Returns:
         A grey or RGB picture; small pictures are enlarged by a whole factor, without smoothing, to at
-        least 32 pixels a side.
+        least 48 pixels a side.
     """
     count, height, width, channels = images.shape
     assert count > 0, "a grid needs at least one picture"

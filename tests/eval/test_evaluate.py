@@ -103,7 +103,7 @@ def test_result_of_one_checkpoint(prepared: Prepared, run: Run, team: Team) -> N
     assert 1 <= result.metrics[features.score_name].value <= 1008
     assert any("8 pictures for 2048 features" in warning for warning in result.warnings)
     grid = Image.open(io.BytesIO(png))
-    assert grid.size == (3 * 34 + 2, 3 * 34 + 2)
+    assert grid.size == (3 * 50 + 2, 3 * 50 + 2)
     again, png_again = evaluate(run, name, prepared.protocol, prepared.network, prepared.baseline, team)
     assert again.metrics == result.metrics
     assert png_again == png

@@ -119,7 +119,7 @@ def test_run_by_python_it_stays_with_that_python(shell: Shell) -> None:
 
 
 def test_chosen_python_wins(shell: Shell) -> None:
-    shell.program("other", "#!/bin/sh\necho other \"$@\"\n")
+    shell.program("other", '#!/bin/sh\necho other "$@"\n')
     assert shell.lines(TRAIN, env={"DDPM_PYTHON": "other"}) == ["other -u -m trainer supervise"]
     assert shell.lines(EVAL, "RUN", env={"DDPM_PYTHON": "other"}) == ["other -u -m launch.cli eval watch RUN"]
 
