@@ -13,7 +13,7 @@ def list_recipes() -> None:
     from trainer.recipe import recipe_names, recipe_text
 
     for name in recipe_names():
-        headline = recipe_text(name).splitlines()[0].lstrip("# ")
+        headline, _, _ = recipe_text(name).splitlines()[0].lstrip("# ").partition(" Sources:")
         print(f"{name:20} {headline}")
 
 
