@@ -22,7 +22,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.geometry import Geometry, GeometryError
 from data_pipeline.index import INDEX_FILE, BuildRecord, GeometryRecord, Index, load_index_from
 from data_pipeline.progress import Progress
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, refuse_if_published
 from data_pipeline.sources import Item, Source
 from data_pipeline.storage import Storage
 
@@ -279,6 +279,7 @@ class _Build:
         )
 
     def _publish(self, index: Index) -> None:
+        refuse_if_published(self._storage)
         entries = [entry for shards in index.splits.values() for entry in shards]
         ours = {name for entry in entries for name in (entry.name, entry.idx_name)}
         for name in self._storage.list():

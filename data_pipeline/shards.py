@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.index import RECORD, ShardEntry
+from data_pipeline.index import INDEX_FILE, RECORD, ShardEntry
 from data_pipeline.storage import Storage
 
 _BLOCK: Final = tarfile.BLOCKSIZE
@@ -72,11 +72,22 @@ class ShardWriter:
         assert self._open is not None
         with _name_full_disk(self._scratch):
             entry, records = self._open.finish()
+        refuse_if_published(self._storage)
         self._storage.upload(entry.name, self._open.path)
         self._storage.write(entry.idx_name, records)
         self._open.path.unlink()
         self._open = None
         self._entries.append(entry)
+
+
+def refuse_if_published(storage: Storage) -> None:
+    """Check that no other build has published its index here: what an index names is never overwritten.
+
+    Raises:
+        UserError: There is an index.
+    """
+    if storage.exists(INDEX_FILE):
+        raise UserError(f"{storage.url}: another build finished here first; choose another --out")
 
 
 class _OpenShard:

@@ -29,9 +29,15 @@ T = TypeVar("T")
 
 _S3_CONFIG: Final = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1}}
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_USER_ERRNO: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, *_DISK_FULL)
-_EXISTS_ERRNO: Final = (errno.EEXIST, errno.EINVAL)
-"""How stores say "the object is already there": FileExistsError, or s3fs's EINVAL for HTTP 412."""
+_USER_ERRNO: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+_MISCONFIGURED: Final = (
+    ValueError,  # botocore's answer to an endpoint that is no URL
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.PartialCredentialsError,
+    botocore.exceptions.ProfileNotFound,
+    botocore.exceptions.ParamValidationError,
+)
+"""What no number of retries mends."""
 
 
 class Backend(Protocol):
@@ -143,8 +149,10 @@ class Storage:
             self.url = f"{protocol}://{self._root}"
             try:
                 self._backend = RemoteFiles(protocol)
-            except (ValueError, ImportError) as error:
-                raise UserError(f"{url}: {error}; use a local path or a protocol fsspec knows") from error
+            except (ValueError, TypeError, ImportError, OSError) as error:
+                raise UserError(
+                    f"{url}: {_one_line(error)}; use a local path or a protocol fsspec knows"
+                ) from error
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -197,13 +205,17 @@ class Storage:
             True if the file now holds `data` (also when an earlier try whose answer was lost wrote it);
             False if it exists with other bytes.
         """
-        try:
-            self._attempt(path, lambda full: self._backend.create(full, data))
-        except OSError as error:
-            if not isinstance(error, FileExistsError) and error.errno not in _EXISTS_ERRNO:
+
+        def is_new(full: str) -> bool:
+            try:
+                self._backend.create(full, data)
+            except OSError as error:
+                if _says_it_exists(error):
+                    return False
                 raise
-            return self.read(path) == data
-        return True
+            return True
+
+        return self._attempt(path, is_new) or self.read(path) == data
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file, replacing an old one. Only for what is not a publication (heart-beats, reports)."""
@@ -272,27 +284,25 @@ class Storage:
             answer: T = retrying(operation, full)
             return answer
         except FileNotFoundError as error:
-            if "bucket" in str(error).lower():
+            if _is_missing_bucket(error):
                 raise UserError(
                     f"{self.url}: the bucket does not exist; create it or mend the URL"
                 ) from error
             raise
-        except (PermissionError, botocore.exceptions.NoCredentialsError) as error:
+        except (PermissionError, *_MISCONFIGURED) as error:
             raise UserError(
-                f"{shown}: access denied ({_one_line(error)}); check the credentials of the standard chain "
-                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, profile or role) or the folder's permissions"
+                f"{shown}: access denied or misconfigured ({_one_line(error)}); check the standard chain "
+                "(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, profile or role) or the "
+                "folder's permissions"
             ) from error
-        except OSError as error:
-            if error.errno in _DISK_FULL:
+        except (OSError, *_TRANSIENT_TYPES) as error:
+            code = error.errno if isinstance(error, OSError) else None
+            if code in _DISK_FULL:
                 raise UserError(
                     f"{shown}: no space left ({_one_line(error)}); free some or choose another place"
                 ) from error
-            if error.errno in _USER_ERRNO:
-                raise UserError(f"{shown}: {_one_line(error)}; choose another place") from error
-            if _is_transient(error):
-                raise StorageFault(f"{shown}: still failing after retries: {_one_line(error)}") from error
-            raise
-        except _TRANSIENT_TYPES as error:
+            if code in _USER_ERRNO:
+                raise UserError(f"{shown}: refused ({_one_line(error)}); choose another place") from error
             raise StorageFault(f"{shown}: still failing after retries: {_one_line(error)}") from error
 
     def _count_retry(self, shown: str, state: RetryCallState) -> None:
@@ -311,13 +321,26 @@ _TRANSIENT_TYPES: Final = (
 
 def _is_transient(error: BaseException) -> bool:
     """Tell a passing fault of the store or the network from an answer that will stay the same."""
-    if isinstance(error, botocore.exceptions.NoCredentialsError):
-        return False
-    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
+    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError, *_MISCONFIGURED)):
         return False
     if isinstance(error, OSError):
-        return error.errno not in (*_USER_ERRNO, *_EXISTS_ERRNO)
+        return error.errno not in (*_USER_ERRNO, *_DISK_FULL)
     return isinstance(error, _TRANSIENT_TYPES)
+
+
+def _says_it_exists(error: OSError) -> bool:
+    """Recognise "the object is already there": FileExistsError, or s3fs's EINVAL for HTTP 412."""
+    refused = error.errno == errno.EINVAL and "pre-condition" in str(error)
+    return isinstance(error, FileExistsError) or refused
+
+
+def _is_missing_bucket(error: BaseException | None) -> bool:
+    """Look for S3's NoSuchBucket among the causes of an error."""
+    while error is not None:
+        if isinstance(error, botocore.exceptions.ClientError):
+            return bool(error.response["Error"]["Code"] == "NoSuchBucket")
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _one_line(error: BaseException | None) -> str:

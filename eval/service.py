@@ -108,7 +108,7 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
             for beat in self._beats:
                 try:
                     beat()
-                except StorageFault as fault:  # the next beat may reach the store again
+                except (StorageFault, UserError) as fault:  # the next beat may reach the store again
                     log.warning("heart-beat missed: %s", fault)
 
 
@@ -229,7 +229,7 @@ class Service:
                 log.info("%s: waiting for the run to start", self.run.url)
             self._said_waiting = True
             return None
-        return self.run.recipe()
+        return self.run.latest_recipe()
 
     def _next(self, tasks: list[Task]) -> tuple[int, str] | Literal["idle", "finished"]:
         """Claim the oldest checkpoint that lacks a result and is free. Main process only."""
@@ -249,7 +249,7 @@ class Service:
             except CheckpointGoneError as error:
                 self.summary.vanished += 1
                 log.warning("skipped: %s", error)
-        if waiting or not self._options.until_finished or ended is None or ended.outcome != "finished":
+        if waiting or not self._options.until_finished or ended is None or ended.outcome == "requeue":
             return "idle"
         for task in tasks:  # another worker's last update may have crossed ours
             task.book.update_best()

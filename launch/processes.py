@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -83,4 +84,5 @@ class Child:
             for line in self._process.stdout:
                 log.write(line)
                 log.flush()
-                print(f"{self.name:>5} | {line.rstrip()}", file=sys.stderr, flush=True)
+                with suppress(OSError):  # a closed terminal must not block the program: keep draining
+                    print(f"{self.name:>5} | {line.rstrip()}", file=sys.stderr, flush=True)

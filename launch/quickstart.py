@@ -22,7 +22,7 @@ from rich.table import Table
 from data_pipeline.errors import ExitCode, UserError
 from data_pipeline.storage import Storage
 from launch.processes import Child
-from launch.s3server import S3Server
+from launch.s3server import S3Server, ServerError
 from trainer.command import report_errors
 from trainer.recipe import load_recipe
 
@@ -90,9 +90,12 @@ def quickstart(
     """
     build, overrides = _data_arguments(data, size)
     folder = (folder or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}").absolute()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--folder {folder}: is not empty; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"--folder {folder}: is not empty; name a new folder")
+    except OSError as error:
+        raise UserError(f"--folder {folder}: {error.strerror}; name another folder") from error
     began = time.monotonic()
     with ExitStack() as stack:
         environment = dict(os.environ)
@@ -148,8 +151,8 @@ def _run_parts(plan: Plan, environment: dict[str, str]) -> None:
         Child("train", [*train, *_length(plan)], environment, plan.folder / "train.log") as trainer,
     ):
         while not trainer.ended_within(0.2):
-            if scorer.poll() is not None:
-                _check(scorer.name, scorer.wait() or ExitCode.FAILED)  # it ends only after training
+            if scorer.poll():
+                _check(scorer.name, scorer.wait())
         _check(trainer.name, trainer.wait())
         _check(scorer.name, scorer.wait())
 
@@ -231,7 +234,13 @@ app.command()(quickstart)
 def main() -> None:
     """Entry point of `launch/quickstart.sh`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    report_errors(app)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: end the parts in order
+        signal.signal(number, signal.default_int_handler)
+    try:
+        report_errors(app)
+    except ServerError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        raise SystemExit(ExitCode.FAILED) from None
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from trainer.run import Run
 
 log = logging.getLogger(__name__)
 
+_READS: Final = 2
+"""Independent reads before a part counts as damaged: one transfer may go wrong."""
 WEIGHTS_FILE: Final = "weights.safetensors"
 
 
@@ -121,15 +123,17 @@ def read_part(run: Run, manifest: Manifest, entry: FileEntry) -> dict[str, Tenso
 
 def _read_verified(run: Run, manifest: Manifest, entry: FileEntry) -> bytes:
     path = f"checkpoints/{manifest.name}/{entry.path}"
-    try:
-        data = run.storage.read(path)
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{run.url}/{path}: the part is missing") from error
-    if len(data) != entry.bytes or sha256_hex(data) != entry.sha256:
-        raise DamagedCheckpointError(
-            f"{run.url}/{path}: size or SHA-256 differs from the manifest's; the file is damaged"
-        )
-    return data
+    for _ in range(_READS):
+        try:
+            data = run.storage.read(path)
+        except FileNotFoundError as error:
+            raise DamagedCheckpointError(f"{run.url}/{path}: the part is missing") from error
+        if len(data) == entry.bytes and sha256_hex(data) == entry.sha256:
+            return data
+        log.warning("%s/%s: size or SHA-256 differs from the manifest's", run.url, path)
+    raise DamagedCheckpointError(
+        f"{run.url}/{path}: size or SHA-256 differs from the manifest's; the file is damaged"
+    )
 
 
 def verify(run: Run, manifest: Manifest) -> None:
@@ -143,8 +147,17 @@ def verify(run: Run, manifest: Manifest) -> None:
 
 
 def newest_verified(run: Run) -> Manifest | None:
-    """Return the newest live checkpoint whose parts all verify; damaged ones are named in the log."""
-    for name in reversed(run.live_checkpoints()):
+    """Return the newest live checkpoint whose parts all verify; damaged ones are named in the log.
+
+    Returns:
+        None if nothing has been published yet.
+
+    Raises:
+        DamagedCheckpointError: There are checkpoints and none verifies: starting from random weights
+            would silently abandon the run.
+    """
+    live = run.live_checkpoints()
+    for name in reversed(live):
         manifest = run.manifest(name)
         try:
             verify(run, manifest)
@@ -152,6 +165,11 @@ def newest_verified(run: Run) -> Manifest | None:
             log.warning("checkpoint %s is passed over: %s", name, error)
             continue
         return manifest
+    if live:
+        raise DamagedCheckpointError(
+            f"{run.url}: none of the {len(live)} live checkpoints verifies; restore their files, or start "
+            "another run"
+        )
     return None
 
 

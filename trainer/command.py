@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.errors import ExitCode, StorageFault, UserError
+from trainer.extensions import BuildError
 
 Overrides = Annotated[
     list[str] | None,
@@ -33,7 +34,7 @@ def train(
         str, typer.Option("--master_addr", help="Address of node 0, where rank 0 listens.")
     ] = "127.0.0.1",
     master_port: Annotated[
-        int | None, typer.Option("--master_port", help="Its port; default: a free one.")
+        int | None, typer.Option("--master_port", min=1, max=65535, help="Its port; default: a free one.")
     ] = None,
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="How often crashed ranks are started again.")
@@ -65,6 +66,6 @@ def report_errors(program: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(ExitCode.USER_MISTAKE) from None
-    except StorageFault as error:
+    except (StorageFault, BuildError) as error:
         print(f"failed: {error}", file=sys.stderr)
         raise SystemExit(ExitCode.FAILED) from None

@@ -166,6 +166,7 @@ class Trainer:
             images = torch.tensor([state.images])
             seed = bits(recipe.seed, Purpose.DROPOUT, images, words=2, draw=self.ranks.rank)[0].tolist()
             torch.manual_seed(seed[0] | seed[1] << 32)
+        seen = []
         for number, chunk in enumerate(np.array_split(np.arange(len(positions)), self.micro_steps), start=1):
             # A rank with fewer images than micro-steps joins the collective with a picture of weight zero.
             select = slice(0, 1) if len(chunk) == 0 else slice(int(chunk[0]), int(chunk[-1]) + 1)
@@ -174,11 +175,10 @@ class Trainer:
                 losses = losses * 0.0
             self.engine.backward(losses.sum() / recipe.batch.total)
             if len(chunk) > 0:
-                self.window.add(losses.detach(), t)
+                seen.append((losses.detach(), t))
             if number < self.micro_steps:
                 self.engine.micro_step_done()
         outcome = self.engine.update(learning_rate(recipe.optimizer, state.images))
-        self.window.grad_norm = outcome.grad_norm
         start = state.position
         state.position += recipe.batch.total
         if not outcome.applied:
@@ -186,6 +186,9 @@ class Trainer:
             state.budget.dropped(start, state.position)
             return
         state.budget.applied()
+        self.window.grad_norm = outcome.grad_norm
+        for step_losses, step_t in seen:
+            self.window.add(step_losses, step_t)
         self.ema.update(state.images, recipe.batch.total)
         state.images += recipe.batch.total
         state.updates += 1
@@ -271,8 +274,8 @@ class Trainer:
 
     def _publish(self, files: list[FileEntry]) -> Manifest:
         manifest = self._manifest(files)
+        self.metrics.publish(self.state.images)  # first: a checkpoint's history must not be lost
         checkpoints.publish(self.run, manifest)
-        self.metrics.publish(self.state.images)
         self.retention.apply()
         return manifest
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.documents import canonical_json, describe_first, sha256_hex
 from data_pipeline.errors import UserError
@@ -25,13 +25,22 @@ from trainer.unet import UNetConfig
 class Section(BaseModel):
     """Base of all recipe sections: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _absolute(place: str) -> str:
+    """Make a local path absolute, so that a run can be continued and evaluated from any folder."""
+    return place if not place or "://" in place else str(Path(place).expanduser().absolute())
+
+
+Place = Annotated[str, AfterValidator(_absolute)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSection(Section):
     """Where the training pictures are."""
 
-    url: str = ""
+    url: Place = ""
     """Folder or URL that holds index.json, as made by `ddpm data build`."""
     split: str = "train"
     window_shards: int = Field(16, ge=1)
@@ -84,7 +93,7 @@ class OptimizerSection(Section):
     """Adam (paper, appendix B)."""
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     warmup_images: int = Field(ge=0)
     """Linear warm-up from 0; the paper's 5000 steps times its batch."""
@@ -172,7 +181,7 @@ class DeepSpeedSection(Section):
 class Recipe(Section):
     """The full configuration of one run."""
 
-    run: str = ""
+    run: Place = ""
     """The run directory: a folder or URL."""
     seed: int = Field(0, ge=0, lt=2**63)
     data: DataSection = DataSection()
@@ -194,6 +203,10 @@ class Recipe(Section):
         for name in (*self.ema, *self.evaluation):
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise ValueError(f"the name {name!r} may hold letters, digits, '-', '_' and '.' only")
+        if "raw" in self.ema:
+            raise ValueError('ema.raw: "raw" means the weights themselves; choose another name')
+        if self.diffusion.beta_start > self.diffusion.beta_end:
+            raise ValueError("diffusion.beta_start exceeds diffusion.beta_end; noise must grow with t")
         for name, spec in self.evaluation.items():
             if spec.ema != "raw" and spec.ema not in self.ema:
                 known = ", ".join(("raw", *self.ema))
@@ -278,7 +291,10 @@ def recipe_text(name_or_path: str) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{name_or_path}: no such recipe file")
-        return path.read_text()
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name_or_path}: cannot be read as text ({error})") from error
     nearest = difflib.get_close_matches(name_or_path, recipe_names(), n=1, cutoff=0.0)
     raise UserError(
         f"recipe {name_or_path!r} is unknown; nearest: {nearest[0]}; "

@@ -25,8 +25,8 @@ PIN_LIFETIME_SECONDS: Final = 600.0
 """A pin that has not changed for so long protects nothing any more."""
 
 
-class CheckpointGoneError(LookupError):
-    """The checkpoint's manifest vanished (retention) before it could be pinned."""
+class CheckpointGoneError(UserError):
+    """The checkpoint's manifest vanished (retention) before it could be pinned, or was never there."""
 
 
 class Pin:
@@ -89,6 +89,15 @@ class Run:
                 f"`ddpm train RECIPE run={self.url}`"
             ) from error
         return parse_recipe(text, f"{self.url}/recipe.yaml")
+
+    def latest_recipe(self) -> Recipe:
+        """Return the recipe of the newest attempt: the same trajectory with today's data URL and evaluation.
+
+        Raises:
+            UserError: As `recipe`.
+        """
+        newest = self.newest_attempt()
+        return Recipe.model_validate(self._attempt(newest).recipe) if newest else self.recipe()
 
     def has_recipe(self) -> bool:
         """Tell whether a run has been started here."""
@@ -192,11 +201,14 @@ class Run:
         try:
             return Manifest.from_json(self.storage.read(path), f"{self.url}/{path}")
         except FileNotFoundError as error:
-            raise CheckpointGoneError(f"{self.url}: checkpoint {checkpoint} is not published") from error
+            raise CheckpointGoneError(f"{self.url}: no checkpoint {checkpoint} is published") from error
 
     def manifest_sha256(self, checkpoint: str) -> str:
         """SHA-256 of a checkpoint's manifest: the checkpoint's hash in reports."""
-        return sha256_hex(self.storage.read(f"checkpoints/{checkpoint}/manifest.json"))
+        try:
+            return sha256_hex(self.storage.read(f"checkpoints/{checkpoint}/manifest.json"))
+        except FileNotFoundError as error:
+            raise CheckpointGoneError(f"{self.url}: no checkpoint {checkpoint} is published") from error
 
     def select(self, checkpoint: str | None) -> str:
         """Return the named checkpoint, or the newest live one.

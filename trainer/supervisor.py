@@ -27,6 +27,7 @@ import torch
 
 from data_pipeline.errors import ExitCode, UserError
 from trainer import extensions
+from trainer.manifest import AttemptEnd, parse_checkpoint_name
 from trainer.preflight import check_inputs
 from trainer.recipe import load_recipe
 from trainer.run import Run
@@ -78,17 +79,32 @@ def supervise(
     """
     recipe = load_recipe(recipe_name, overrides)
     ranks = placement.ranks or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    check_inputs(recipe, Run(recipe.run), ranks * placement.num_nodes)
+    run = Run(recipe.run)
+    check_inputs(recipe, run, ranks * placement.num_nodes)
     port = _choose_port(placement)
     if not torch.cuda.is_available():
         extensions.prepare()
     with _StopSignals() as stop:
         for restart in range(restarts + 1):
             code = _launch_once(recipe_name, overrides, placement, ranks, port, stop)
-            if code is not ExitCode.FAILED or stop.asked or restart == restarts:
+            if code is not ExitCode.FAILED or stop.asked:
                 return code
+            if restart == restarts:
+                break
             log.warning("training failed; restart %d of %d from the newest checkpoint", restart + 1, restarts)
-    raise AssertionError("unreachable")
+    if placement.node_rank == 0:
+        _record_failure(run)
+    return ExitCode.FAILED
+
+
+def _record_failure(run: Run) -> None:
+    """Say in the run directory that nobody goes on, so that evaluation need not wait for ever."""
+    attempt = run.newest_attempt()
+    if attempt == 0 or run.ended() is not None:
+        return
+    newest = next(reversed(run.live_checkpoints()), None)
+    images = parse_checkpoint_name(newest)[0] if newest else 0
+    run.end_attempt(AttemptEnd(attempt=attempt, outcome="failed", images=images, checkpoint=newest))
 
 
 class _StopSignals:
@@ -128,7 +144,7 @@ def _launch_once(
     port: int,
     stop: _StopSignals,
 ) -> ExitCode:
-    """Run the launcher once; return what rank 0 of this node wrote down, or FAILED if it could not."""
+    """Run the launcher once; return what its ranks wrote down, or FAILED if they could not."""
     with tempfile.TemporaryDirectory(prefix="ddpm-control-") as control:
         command = _launcher_command(placement, ranks, port)
         command += ["--module", "--no_local_rank", "trainer", "worker", recipe_name, *overrides]
@@ -140,8 +156,15 @@ def _launch_once(
         finally:
             _end_all(control)
             process.wait()
-        outcome = Path(control, "outcome")
-        return ExitCode(int(outcome.read_text())) if outcome.exists() else ExitCode.FAILED
+        return _outcome(Path(control))
+
+
+def _outcome(control: Path) -> ExitCode:
+    """What the ranks of this node wrote down: a mistake that any of them met, else the word of the first."""
+    said = {file.name: ExitCode(int(file.read_text())) for file in control.glob("outcome-*")}
+    if ExitCode.USER_MISTAKE in said.values():
+        return ExitCode.USER_MISTAKE
+    return said.get("outcome-0", ExitCode.FAILED)
 
 
 def _guard(process: "subprocess.Popen[bytes]", control: Path, stop: _StopSignals) -> None:
@@ -208,6 +231,10 @@ def _environment(control: str, ranks: int) -> dict[str, str]:
 
 def _choose_port(placement: Placement) -> int:
     """Return the given port if it is free on the node that listens, or a free one."""
+    if not 0 <= placement.node_rank < placement.num_nodes:
+        raise UserError(
+            f"--node_rank {placement.node_rank}: nodes are numbered 0 to {placement.num_nodes - 1}"
+        )
     with socket.socket() as probe:
         if placement.master_port is None:
             if placement.num_nodes > 1:

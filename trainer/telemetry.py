@@ -5,6 +5,7 @@ what stands in the run's metrics up to a checkpoint is exactly what led to it.
 """
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -32,13 +33,16 @@ class MetricsLog:
         self._tensorboard = tensorboard
         self._segment_start = images
         self._events: SummaryWriter | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="ddpm-events-")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def log(self, images: int, values: dict[str, float]) -> None:
         """Add one row of scalars at this point of the image clock."""
-        self._rows.append(json.dumps({"schema": _ROW_SCHEMA, "images": images, **values}))
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._rows.append(json.dumps({"schema": _ROW_SCHEMA, "images": images, **row}, allow_nan=False))
         if not self._tensorboard:
             return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="ddpm-events-")
         if self._events is None:
             self._events = SummaryWriter(self._folder.name)
         for name, value in values.items():
@@ -51,7 +55,7 @@ class MetricsLog:
         segment = f"{self._attempt:06d}/{self._segment_start:010d}"
         self._run.storage.create(f"metrics/{segment}.jsonl", ("\n".join(self._rows) + "\n").encode())
         self._rows, self._segment_start = [], images
-        if self._events is not None:
+        if self._events is not None and self._folder is not None:
             self._events.close()
             self._events = None
             for file in sorted(Path(self._folder.name).iterdir()):
@@ -62,4 +66,5 @@ class MetricsLog:
         """Drop temporary files; rows not published are lost with the steps they describe."""
         if self._events is not None:
             self._events.close()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()

@@ -32,10 +32,9 @@ def main(recipe_name: str, overrides: Sequence[str]) -> ExitCode:
     """
     code = _guarded(recipe_name, overrides)
     control = os.environ.get(CONTROL_VARIABLE)
-    if control and (os.environ.get("LOCAL_RANK") == "0" or code is ExitCode.USER_MISTAKE):
-        # The launcher's own exit code cannot be trusted (it is 0 if the launcher was killed). A mistake
-        # that only another rank met, such as a picture of the wrong size, is not to be retried either.
-        Path(control, "outcome").write_text(str(int(code)))
+    if control:
+        # The launcher's own exit code cannot be trusted: it is 0 if the launcher was killed.
+        Path(control, f"outcome-{os.environ.get('LOCAL_RANK', '0')}").write_text(str(int(code)))
     return code
 
 

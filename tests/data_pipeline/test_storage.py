@@ -139,8 +139,38 @@ def test_wrong_credentials(s3_prefix: str) -> None:
 
 
 def test_missing_bucket(s3_prefix: str) -> None:
-    with pytest.raises(UserError, match="bucket"):
-        Storage("s3://no-such-bucket-anywhere/x").create("y", b"")
+    missing = Storage("s3://no-such-place-anywhere/x")
+    with pytest.raises(UserError, match="the bucket does not exist"):
+        missing.create("y", b"")
+    with pytest.raises(UserError, match="the bucket does not exist"):
+        missing.read("y")
+
+
+def test_the_word_bucket_in_a_path_means_nothing(s3_prefix: str, tmp_path: Path) -> None:
+    for url in (f"{s3_prefix}/bucket", str(tmp_path / "my-bucket")):
+        store = Storage(url)
+        assert not store.exists("index.json")
+        assert store.create("index.json", b"1")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"AWS_ENDPOINT_URL": "localhost:8333"}, {"AWS_PROFILE": "nobody", "AWS_ACCESS_KEY_ID": ""}],
+)
+def test_misconfigured_access_is_named_at_once(s3_prefix: str, environment: dict[str, str]) -> None:
+    program = f"""
+        from data_pipeline.errors import UserError
+        from data_pipeline.storage import Storage
+        store = Storage({s3_prefix!r})
+        try:
+            store.read("x")
+        except UserError as error:
+            assert "standard chain" in str(error), error
+            assert store.retries == 0
+        else:
+            raise SystemExit("no error")
+    """
+    _run(program, environment)
 
 
 def test_full_disk_is_the_users_business_and_leaves_nothing(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def test_overrides_are_typed() -> None:
         ("evaluation.quick.ema=other", r"known: raw, main"),
         ("ema.main.decay=0.9", r"per_images"),
         ("run={", r"not valid YAML"),
+        ("optimizer.betas=[2,3]", r"optimizer\.betas"),
+        ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate"),
+        ("diffusion.beta_start=0.5", r"beta_start exceeds"),
+        ("ema.raw={decay: 0.9, per_images: 1}", r"ema\.raw"),
     ],
 )
 def test_mistakes_are_named_in_one_line(override: str, message: str) -> None:

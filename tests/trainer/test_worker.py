@@ -60,7 +60,7 @@ def test_bf16_trains_float32_parameters_and_stops_on_a_signal(tmp_path: Path) ->
     process.send_signal(signal.SIGUSR1)
     _, rest = process.communicate(timeout=100)
     assert process.returncode == 75, log + rest
-    assert (control / "outcome").read_text() == "75"
+    assert (control / "outcome-0").read_text() == "75"
     end = run.ended()
     assert end is not None
     assert end.outcome == "requeue"
