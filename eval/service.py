@@ -64,7 +64,7 @@ class Summary:
     Attributes:
         evaluated: Results published.
         faults: Storage faults survived.
-        vanished: Checkpoints that retention removed before they could be read.
+        vanished: Checkpoints seen waiting that retention or a rollback took away before they were scored.
         damaged: Evaluations given up because a checkpoint's parts fail their hash.
         outcome: `finished` (see `WatchOptions.until_finished`), or `stopped` on request.
     """
@@ -131,6 +131,7 @@ class Service:
         self._failures: Counter[tuple[str, str]] = Counter()
         self._given_up: set[tuple[str, str]] = set()
         self._said_waiting = False
+        self._pending: set[tuple[int, str]] = set()
 
     def watch(self, report: Callable[[Result], None]) -> Summary:
         """Evaluate checkpoints as they appear, oldest first.
@@ -159,8 +160,7 @@ class Service:
             except Stopped:
                 self.summary.outcome = "stopped"
                 return self.summary
-            except CheckpointGoneError as error:
-                self.summary.vanished += 1
+            except CheckpointGoneError as error:  # counted when its turn would have come
                 log.warning("skipped: %s", error)
                 continue
             except StorageFault as fault:
@@ -236,6 +236,7 @@ class Service:
         self._team.check_stop()
         # Read before listing: a checkpoint published in between belongs to an attempt not yet ended.
         ended = self.run.ended()
+        self._count_lost(tasks)
         waiting = [
             (self._failures[task.book.directory, name], name, i)
             for i, task in enumerate(tasks)
@@ -247,13 +248,21 @@ class Service:
                 if self._try_claim(tasks[i], name):
                     return i, name
             except CheckpointGoneError as error:
-                self.summary.vanished += 1
                 log.warning("skipped: %s", error)
         if waiting or not self._options.until_finished or ended is None or ended.outcome == "requeue":
             return "idle"
         for task in tasks:  # another worker's last update may have crossed ours
             task.book.update_best()
         return "finished"
+
+    def _count_lost(self, tasks: list[Task]) -> None:
+        """Count checkpoints that were seen waiting and went, by retention or a rollback, without a result."""
+        pending = {(i, name) for i, task in enumerate(tasks) for name in task.book.pending()}
+        for i, name in sorted(self._pending - pending):
+            if not self._has_result(tasks[i], name):
+                self.summary.vanished += 1
+                log.warning("%s was withdrawn or superseded before it was scored", name)
+        self._pending = pending
 
     def _try_claim(self, task: Task, checkpoint: str) -> bool:
         """Take lease and pin of a checkpoint and keep them alive. Main process only."""

@@ -131,6 +131,19 @@ def test_vanished_checkpoint(run: Run, options: WatchOptions, team: Team) -> Non
     assert summary.evaluated == 1
 
 
+def test_checkpoint_withdrawn_before_its_turn_is_counted(
+    run: Run, options: WatchOptions, team: Team, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the first is scored, retention removes the second."""
+
+    def report(result: Result) -> None:
+        Path(run.url, "checkpoints", SECOND, "manifest.json").unlink()
+
+    summary = watch(run.url, options, team, report)
+    assert (summary.evaluated, summary.vanished, summary.outcome) == (1, 1, "finished")
+    assert f"{SECOND} was withdrawn" in caplog.text
+
+
 def test_waits_for_a_run_not_yet_started(
     tmp_path: Path, data_url: str, options: WatchOptions, team: Team, caplog: pytest.LogCaptureFixture
 ) -> None:

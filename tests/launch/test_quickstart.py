@@ -38,8 +38,10 @@ def left_behind(mark: str) -> list[str]:
     return found
 
 
-def interrupt_after(text: str, options: Sequence[str]) -> tuple[int, list[str], list[str]]:
-    """Start, send SIGINT when a line holds `text`; return exit code, processes before and after."""
+def interrupt_after(
+    text: str, options: Sequence[str], number: signal.Signals = signal.SIGINT
+) -> tuple[int, list[str], list[str]]:
+    """Start, send a signal when a line holds `text`; return exit code, processes before and after."""
     mark = uuid.uuid4().hex
     process = start(options, mark)
     assert process.stdout is not None
@@ -51,7 +53,7 @@ def interrupt_after(text: str, options: Sequence[str]) -> tuple[int, list[str], 
     else:
         raise AssertionError("".join(lines))
     before = left_behind(mark)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest, _ = process.communicate(timeout=100)
     assert "Traceback" not in "".join(lines) + rest, "".join(lines) + rest
     return process.returncode, before, left_behind(mark)
@@ -71,6 +73,13 @@ def test_ctrl_c_while_training_leaves_no_process(tmp_path: Path) -> None:
     assert code == 130
     for part in ("weed", "trainer supervise", "deepspeed.launcher.launch", "trainer worker", "eval watch"):
         assert any(part in command for command in before), (part, before)
+    assert after == []
+
+
+@pytest.mark.slow
+def test_a_terminated_quick_start_ends_its_parts_too(tmp_path: Path) -> None:
+    code, _, after = interrupt_after("attempt 1 of run", ["--folder", str(tmp_path / "run")], signal.SIGTERM)
+    assert code == 130
     assert after == []
 
 
