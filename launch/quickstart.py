@@ -223,6 +223,10 @@ def _report(plan: Plan) -> ExitCode:
     }
     for text, passed in checks.items():
         print(f"{'ok   ' if passed else 'SHORT'} {text}")
+    if not all(checks.values()):
+        print(
+            f"this machine trained on {results[-1].images} images; more help: --minutes {2 * plan.minutes:g}"
+        )
     full_length = plan.minutes >= DEFAULT_MINUTES
     return ExitCode.FAILED if full_length and not all(checks.values()) else ExitCode.FINISHED
 
