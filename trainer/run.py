@@ -167,7 +167,7 @@ class Run:
     def checkpoints(self) -> list[str]:
         """Names of the published checkpoints, by images and then attempt."""
         names = [name for name in self.storage.list("checkpoints") if is_checkpoint_name(name)]
-        return [name for name in names if self.storage.exists(f"checkpoints/{name}/manifest.json")]
+        return [name for name in names if self.storage.exists(_manifest_path(name))]
 
     def live_checkpoints(self) -> list[str]:
         """Names of the published checkpoints that belong to the newest attempt's lineage."""
@@ -197,18 +197,16 @@ class Run:
         Raises:
             CheckpointGoneError: It is not published (any more).
         """
-        path = f"checkpoints/{checkpoint}/manifest.json"
-        try:
-            return Manifest.from_json(self.storage.read(path), f"{self.url}/{path}")
-        except FileNotFoundError as error:
-            raise CheckpointGoneError(f"{self.url}: no checkpoint {checkpoint} is published") from error
+        where = f"{self.url}/{_manifest_path(checkpoint)}"
+        return Manifest.from_json(self._manifest_bytes(checkpoint), where)
 
     def manifest_sha256(self, checkpoint: str) -> str:
-        """SHA-256 of a checkpoint's manifest: the checkpoint's hash in reports."""
-        try:
-            return sha256_hex(self.storage.read(f"checkpoints/{checkpoint}/manifest.json"))
-        except FileNotFoundError as error:
-            raise CheckpointGoneError(f"{self.url}: no checkpoint {checkpoint} is published") from error
+        """SHA-256 of a checkpoint's manifest: the checkpoint's hash in reports.
+
+        Raises:
+            CheckpointGoneError: It is not published (any more).
+        """
+        return sha256_hex(self._manifest_bytes(checkpoint))
 
     def select(self, checkpoint: str | None) -> str:
         """Return the named checkpoint, or the newest live one.
@@ -222,7 +220,7 @@ class Run:
                 raise UserError(f"{self.url}: no checkpoint is published yet; train first")
             return live[-1]
         parse_checkpoint_name(checkpoint)
-        if not self.storage.exists(f"checkpoints/{checkpoint}/manifest.json"):
+        if not self.storage.exists(_manifest_path(checkpoint)):
             raise UserError(f"{self.url}: no checkpoint {checkpoint}; see `ddpm checkpoints list {self.url}`")
         return checkpoint
 
@@ -237,6 +235,12 @@ class Run:
             found.setdefault(name.partition(".")[0], []).append(f"pins/{name}")
         return found
 
+    def _manifest_bytes(self, checkpoint: str) -> bytes:
+        try:
+            return self.storage.read(_manifest_path(checkpoint))
+        except FileNotFoundError as error:
+            raise CheckpointGoneError(f"{self.url}: no checkpoint {checkpoint} is published") from error
+
     def _attempt_numbers(self) -> list[int]:
         matches = (_ATTEMPT.fullmatch(name) for name in self.storage.list("attempts"))
         return sorted(int(match[1]) for match in matches if match)
@@ -244,6 +248,10 @@ class Run:
     def _attempt(self, number: int) -> Attempt:
         path = f"attempts/{number:06d}.json"
         return Attempt.from_json(self.storage.read(path), f"{self.url}/{path}")
+
+
+def _manifest_path(checkpoint: str) -> str:
+    return f"checkpoints/{checkpoint}/manifest.json"
 
 
 def _within(checkpoint: str, limits: dict[int, int | None]) -> bool:
