@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from trainer.diffusion.process import GaussianDiffusion, Prediction, Variance
-from trainer.diffusion.samplers import ancestral, ddim, evenly_spaced, final
-from trainer.diffusion.schedule import Schedule, linear
+from trainer.diffusion.samplers import ancestral, ddim, ddim_invert, evenly_spaced, final
+from trainer.diffusion.schedule import Schedule, ScheduleConfig, ScheduleKind, from_config, linear
 from trainer.randomness import Purpose, normal
 
 
@@ -59,12 +59,118 @@ def test_random_samples_of_gaussian_data() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def noise(draw: int) -> Tensor:
-        return torch.randn(20_000, 1, generator=generator)
+        return torch.randn(1, 100_000, generator=generator)
 
     x = final(ancestral(d, gaussian_eps(d.schedule, 0.25), noise(0), noise, clip_x0=False))
-    # Standard error of a variance from 20,000 numbers: 1 %.
-    assert float(x.var()) == pytest.approx(0.2461252114, rel=0.03)
-    assert abs(float(x.mean())) < 0.015
+    # Standard error of a variance from 100,000 numbers: 0.45 %.
+    assert float(x.var()) == pytest.approx(0.2461252114, rel=0.01)
+    assert abs(float(x.mean())) < 0.005
+
+
+def as_output(
+    d: GaussianDiffusion, x0_hat: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network of d that estimates x_0 so, with variances in the middle of their range."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        estimate = x0_hat(x, t)
+        output = d.target(estimate, x, t, d.eps_from_x0(x, t, estimate))
+        match d.variance:
+            case Variance.LEARNED:
+                lower, width = (
+                    d.gather(name, t, x) for name in ("posterior_log_variance_clipped", "log_variance_range")
+                )
+                return torch.cat([output, (lower + 0.5 * width).expand_as(x)], dim=1)
+            case Variance.LEARNED_RANGE:
+                return torch.cat([output, torch.zeros_like(x)], dim=1)
+        return output
+
+    return denoise
+
+
+def squashed(x: Tensor, t: Tensor) -> Tensor:
+    return torch.tanh(0.8 * x + t.view(-1, 1, 1, 1) / 1000)
+
+
+@pytest.mark.parametrize("steps", [6, 24])
+@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("variance", [Variance.LEARNED, Variance.FIXED_LARGE])
+def test_the_same_x0_hat_gives_the_same_pictures(
+    prediction: Prediction, variance: Variance, steps: int
+) -> None:
+    """Whatever the network predicts, and strided too, where mu and a raw log-variance mean another step."""
+    s = linear(24, 2e-3, 0.6)
+    known = Variance.FIXED_LARGE if variance is Variance.FIXED_LARGE else Variance.LEARNED_RANGE
+    reference, d = GaussianDiffusion(s, Prediction.X0, known), GaussianDiffusion(s, prediction, variance)
+    noise = sample_noise((3, 4, 4), 2)
+    visited = None if steps == 24 else evenly_spaced(24, steps)
+    first, second = (
+        final(
+            ancestral(
+                model,
+                as_output(model, squashed),
+                noise(0).double(),
+                lambda draw: noise(draw).double(),
+                visited,
+            )
+        )
+        for model in (reference, d)
+    )
+    torch.testing.assert_close(second, first, atol=1e-9, rtol=0)
+    both = [
+        final(ddim(model, as_output(model, squashed), noise(0).double(), steps=steps))
+        for model in (reference, d)
+    ]
+    torch.testing.assert_close(both[1], both[0], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", [Prediction.X0, Prediction.MU, Prediction.V])
+def test_sampling_from_zero_terminal_snr(prediction: Prediction) -> None:
+    d = GaussianDiffusion(from_config(ScheduleConfig(ScheduleKind.JSD, 30)), prediction, Variance.FIXED_LARGE)
+    noise, denoise = sample_noise((3, 4, 4), 2), as_output(d, squashed)
+    for steps in (
+        ancestral(d, denoise, noise(0), noise),
+        ancestral(d, denoise, noise(0), noise, [0, 12, 29]),
+        ddim(d, denoise, noise(0), steps=30, eta=0.5, noise_fn=noise),
+        ddim_invert(d, denoise, noise(0).clamp(-1, 1), steps=10),
+    ):
+        for step in steps:
+            assert bool(torch.isfinite(step.x).all())
+            assert bool(torch.isfinite(step.x0_hat).all())
+        assert bool(step.x.any())
+
+
+def two_humps(d: GaussianDiffusion, x: Tensor, t: Tensor) -> Tensor:
+    """The best estimate of x_0 for data spread around -0.5 and 0.5 with variance 0.04 each."""
+    signal = d.gather("sqrt_alphas_cumprod", t, x)
+    total = signal**2 * 0.04 + (1 - signal**2)
+    shrink = signal * 0.04 / total
+    return shrink * x + (1 - signal * shrink) * 0.5 * torch.tanh(signal * 0.5 * x / total)
+
+
+def test_inversion_leads_back_the_better_the_more_steps() -> None:
+    """On Gaussian data, where every step is a multiplication, and on data that make the map a curve."""
+    d = GaussianDiffusion(linear())
+    x0 = torch.linspace(-0.9, 0.9, 12, dtype=torch.float64).view(4, 3, 1, 1)
+    for denoise in (gaussian_eps(d.schedule, 0.25), as_output(d, lambda x, t: two_humps(d, x, t))):
+        errors = []
+        for steps in (10, 50, 250):
+            latent = final(ddim_invert(d, denoise, x0, steps=steps))
+            back = final(ddim(d, denoise, latent, steps=steps, clip_x0=False))
+            errors.append(float((back - x0).abs().max()))
+        assert errors[0] > 3 * errors[1] > 9 * errors[2]
+        assert errors[2] < 0.03
+
+
+def test_inversion_ends_where_ddim_begins() -> None:
+    """The latent of N(0, s2) data has the variance of q(x_t) at the highest of the visited timesteps."""
+    d = GaussianDiffusion(linear())
+    abar = float(d.schedule.alphas_cumprod[980])
+    steps = list(
+        ddim_invert(d, gaussian_eps(d.schedule, 0.25), torch.full((1, 1), 0.5, dtype=torch.float64), steps=50)
+    )
+    assert [step.t for step in steps] == evenly_spaced(1000, 50)[:-1]
+    assert float(steps[-1].x) == pytest.approx((abar * 0.25 + 1 - abar) ** 0.5, rel=0.1)
 
 
 def test_ddim_approaches_the_data_as_steps_grow() -> None:
@@ -174,6 +280,10 @@ def test_bad_arguments_are_refused_at_the_call() -> None:
         ddim(d, wavy, x_T, steps=5, eta=1.5)
     with pytest.raises(ValueError, match="needs noise_fn"):
         ddim(d, wavy, x_T, steps=5, eta=0.5)
+    with pytest.raises(ValueError, match=r"steps must lie in \[1, 10\]"):
+        ddim_invert(d, wavy, x_T, steps=11)
+    with pytest.raises(ValueError, match="steps must be 2 or more, got 1"):
+        ddim_invert(d, wavy, x_T, steps=1)
     with pytest.raises(ValueError, match="increase strictly"):
         ancestral(d, wavy, x_T, lambda draw: x_T, [3, 1])
     with pytest.raises(ValueError, match="noise_fn gave"):

@@ -1,1 +1,1 @@
-"""The paper's mathematics: schedule, process, losses, samplers. Pure: no file, network or process group."""
+"""The mathematics of diffusion: processes, losses, likelihood, samplers. Pure: no file, network or group."""

@@ -1,19 +1,17 @@
-"""The Gaussian diffusion process: noising, its posterior, and what a network's output says about both.
-
-Tables are gathered from float64 into the images' own precision, float32 in training (float64 is taken as
-it is, for tests). Half precision is refused: in bfloat16 the first ten timesteps would add no noise at all
-and a thousand noise levels would collapse to 190. Autocast does not touch any operation used here.
+"""The Gaussian diffusion process: a schedule together with the meaning of the network's output.
 
 Equation numbers are of Ho et al. 2020 (arXiv 2006.11239v2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from trainer.diffusion.schedule import Schedule
+from trainer.diffusion.forward import ForwardProcess
+from trainer.diffusion.schedule import Schedule, Table
 
 
 class Prediction(StrEnum):
@@ -21,13 +19,22 @@ class Prediction(StrEnum):
 
     EPS = "eps"  # the noise (eq. 11)
     X0 = "x0"  # the clean image
+    MU = "mu"  # the mean of x_{t-1} given x_t and x_0 (eq. 8)
+    V = "v"  # the velocity sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho 2022)
 
 
 class Variance(StrEnum):
-    """Variance of the reverse steps: the two extreme choices of section 3.2."""
+    """Variance of the reverse steps: the two extreme choices of section 3.2, or learned per pixel."""
 
     FIXED_SMALL = "fixed-small"  # the posterior's, optimal for data of a single point
     FIXED_LARGE = "fixed-large"  # beta_t, optimal for x_0 ~ N(0, I)
+    LEARNED = "learned"  # the output's second half is log Sigma itself (the paper's Table 2)
+    LEARNED_RANGE = "learned-range"  # it says where between the extremes (Nichol & Dhariwal 2021, eq. 15)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the network has output channels for the variance."""
+        return self in (Variance.LEARNED, Variance.LEARNED_RANGE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class ReverseStep:
 
     Attributes:
         mean: [B, ...] like x_t.
-        variance: [B, 1, ...], broadcastable to x_t.
+        variance: [B, 1, ...], broadcastable to x_t; like x_t if it is learned.
         log_variance: Its logarithm; at t = 0, where posterior variance vanishes, a finite stand-in.
         x0_hat: [B, ...] the estimate of x_0 the mean was made from.
     """
@@ -47,16 +54,31 @@ class ReverseStep:
     x0_hat: Tensor
 
 
-class GaussianDiffusion:
+# What it takes to read an output that means something of the step from t to t - 1: it must come from the
+# process the network was trained on, also where that process is observed at some timesteps only.
+_OF_THE_STEP = (
+    "posterior_mean_coef_x0",
+    "posterior_mean_coef_xt",
+    "posterior_log_variance_clipped",
+    "log_variance_range",
+)
+
+
+class GaussianDiffusion(ForwardProcess):
     """A schedule together with the meaning of the network's output.
 
     In all methods images are float32 [B, ...] in [-1, 1] for x_0, t is int64 [B] in [0, T), and a network
-    output of lower precision (under autocast) is widened before use.
+    output of lower precision (under autocast) is widened before use. The output is like the images; with a
+    learned variance it is [B, 2C, ...], the prediction first.
 
     Attributes:
         schedule: The tables.
         prediction: What the network predicts.
         variance: Variance of the reverse steps.
+
+    Raises:
+        ValueError: At construction, for a network that predicts eps where the last x_t is pure noise: it
+            tells nothing of x_0 there.
     """
 
     def __init__(
@@ -65,35 +87,70 @@ class GaussianDiffusion:
         prediction: Prediction = Prediction.EPS,
         variance: Variance = Variance.FIXED_SMALL,
     ) -> None:
-        self.schedule = schedule
+        super().__init__(schedule)
+        if prediction is Prediction.EPS and schedule.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "prediction = eps cannot go with a schedule that ends in pure noise (abar_T = 0): eps tells "
+                "nothing of x_0 there; let the network predict x0, mu or v, or take another schedule"
+            )
         self.prediction = prediction
         self.variance = variance
-        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._trained: dict[str, Table] | None = None
 
-    @property
-    def num_timesteps(self) -> int:
-        """T, the number of timesteps."""
-        return self.schedule.num_timesteps
+    def respaced(self, timesteps: Sequence[int]) -> "GaussianDiffusion":
+        """The process observed at some of its timesteps only, for the same network.
 
-    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Draws x_t from q(x_t | x_0) (eq. 4).
+        Its timestep i is `timesteps[i]` of this process, which is what the network must be given. Outputs
+        keep their meaning: mu is turned into x_0 by the coefficients it was trained with, and a raw learned
+        log-variance keeps its place, as a fraction in [0, 1], between the two extremes (the posterior's
+        variance and beta), which both grow with the stride.
 
         Args:
-            x0: float32 [B, ...] clean images.
-            t: int64 [B] timesteps.
-            noise: Standard normal, like x0.
+            timesteps: Strictly increasing, in [0, T), not empty.
 
         Returns:
-            x_t, like x0.
+            A process of len(timesteps) timesteps; this one, if that is all of them.
 
         Raises:
-            ValueError: On wrong shapes, precision or timesteps.
+            ValueError: If the timesteps are none, out of range or not increasing.
         """
-        self._check(x0, t)
-        _check_like("noise", noise, x0)
-        signal = self._gather("sqrt_alphas_cumprod", t, x0)
-        sigma = self._gather("sqrt_one_minus_alphas_cumprod", t, x0)
-        return signal * x0 + sigma * noise
+        schedule = self.schedule.respaced(timesteps)
+        if schedule.num_timesteps == self.num_timesteps:
+            return self
+        diffusion = GaussianDiffusion(schedule, self.prediction, self.variance)
+        diffusion._trained = {name: self._of_the_step(name)[list(timesteps)] for name in _OF_THE_STEP}
+        return diffusion
+
+    def output_channels(self, channels: int) -> int:
+        """Channels the network must put out for images of `channels` channels."""
+        return 2 * channels if self.variance.is_learned else channels
+
+    def split_output(self, model_output: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output as prediction and what it says of the variance.
+
+        Args:
+            model_output: The network's output.
+            like: float32 [B, C, ...] the images it belongs to; gives shape and precision.
+
+        Returns:
+            The prediction, like the images, and the same for the variance if that is learned, else None.
+
+        Raises:
+            ValueError: If the output's shape is another.
+        """
+        expected = list(like.shape)
+        if self.variance.is_learned:
+            if like.ndim < 2:
+                raise ValueError(f"a learned variance needs images [B, C, ...], got {expected}")
+            expected[1] *= 2
+        if list(model_output.shape) != expected:
+            why = "twice the channels, for the variance" if self.variance.is_learned else "as the images"
+            raise ValueError(f"model_output has shape {list(model_output.shape)}, expected {expected}: {why}")
+        output = model_output.to(like.dtype)
+        if not self.variance.is_learned:
+            return output, None
+        channels = like.shape[1]
+        return output[:, :channels], output[:, channels:]
 
     def predict_x0(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
         """The estimate of x_0 in a network's output (eq. 15 for eps), not clipped.
@@ -101,7 +158,7 @@ class GaussianDiffusion:
         Args:
             x_t: float32 [B, ...] noisy images.
             t: int64 [B] timesteps.
-            model_output: The network's output, like x_t.
+            model_output: The network's output.
 
         Returns:
             x0_hat, like x_t.
@@ -109,15 +166,18 @@ class GaussianDiffusion:
         Raises:
             ValueError: On wrong shapes, precision or timesteps.
         """
-        self._check(x_t, t)
-        _check_shape("model_output", model_output, x_t)
-        output = model_output.to(x_t.dtype)
+        self.check(x_t, t)
+        output, _ = self.split_output(model_output, x_t)
         match self.prediction:
             case Prediction.EPS:
-                recip = self._gather("sqrt_recip_alphas_cumprod", t, x_t)
-                return recip * x_t - self._gather("sqrt_recipm1_alphas_cumprod", t, x_t) * output
+                return self.x0_from_eps(x_t, t, output)
             case Prediction.X0:
                 return output
+            case Prediction.MU:
+                weight_x0 = self._gather_of_the_step("posterior_mean_coef_x0", t, x_t)
+                return (output - self._gather_of_the_step("posterior_mean_coef_xt", t, x_t) * x_t) / weight_x0
+            case Prediction.V:
+                return self.x0_from_v(x_t, t, output)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
         """The estimate of the noise in a network's output.
@@ -125,7 +185,7 @@ class GaussianDiffusion:
         Args:
             x_t: float32 [B, ...] noisy images.
             t: int64 [B] timesteps.
-            model_output: The network's output, like x_t.
+            model_output: The network's output.
 
         Returns:
             eps_hat, like x_t.
@@ -133,60 +193,51 @@ class GaussianDiffusion:
         Raises:
             ValueError: On wrong shapes, precision or timesteps.
         """
-        self._check(x_t, t)
-        _check_shape("model_output", model_output, x_t)
-        output = model_output.to(x_t.dtype)
+        self.check(x_t, t)
+        output, _ = self.split_output(model_output, x_t)
         match self.prediction:
             case Prediction.EPS:
                 return output
-            case Prediction.X0:
-                return self.eps_from_x0(x_t, t, output)
+            case Prediction.V:
+                return self.eps_from_v(x_t, t, output)
+            case Prediction.X0 | Prediction.MU:
+                return self.eps_from_x0(x_t, t, self.predict_x0(x_t, t, model_output))
 
-    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """The noise that leads from x_0 to x_t (eq. 4 solved for eps).
-
-        Args:
-            x_t: float32 [B, ...] noisy images.
-            t: int64 [B] timesteps.
-            x0: Clean images, like x_t.
-
-        Returns:
-            eps, like x_t.
-
-        Raises:
-            ValueError: On wrong shapes, precision or timesteps.
-        """
-        self._check(x_t, t)
-        _check_like("x0", x0, x_t)
-        recip = self._gather("sqrt_recip_alphas_cumprod", t, x_t)
-        return (recip * x_t - x0) / self._gather("sqrt_recipm1_alphas_cumprod", t, x_t)
-
-    def q_posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0) (eq. 7); at t = 0 it is x_0.
+    def target(self, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What a perfect network would predict.
 
         Args:
-            x0: float32 [B, ...] clean images, or an estimate of them.
+            x0: float32 [B, ...] clean images.
             x_t: Noisy images, like x0.
             t: int64 [B] timesteps.
+            noise: The noise in x_t, like x0.
 
         Returns:
-            The mean, like x0.
+            The noise, x_0, the posterior's mean or v, like x0.
 
         Raises:
             ValueError: On wrong shapes, precision or timesteps.
         """
-        self._check(x_t, t)
-        _check_like("x0", x0, x_t)
-        weight_x0 = self._gather("posterior_mean_coef_x0", t, x_t)
-        return weight_x0 * x0 + self._gather("posterior_mean_coef_xt", t, x_t) * x_t
+        match self.prediction:
+            case Prediction.EPS:
+                return noise
+            case Prediction.X0:
+                return x0
+            case Prediction.MU:
+                return self.q_posterior_mean(x0, x_t, t)
+            case Prediction.V:
+                return self.v_from(x0, t, noise)
 
     def p_mean_variance(
         self, model_output: Tensor, x_t: Tensor, t: Tensor, clip_x0: bool = True
     ) -> ReverseStep:
         """The model's reverse step p(x_{t-1} | x_t) (eq. 1, 11).
 
+        A network that predicts mu gives the mean itself, which clipping leaves alone (as in the paper's
+        code); only a respaced process makes it from x0_hat.
+
         Args:
-            model_output: The network's output, like x_t.
+            model_output: The network's output.
             x_t: float32 [B, ...] noisy images.
             t: int64 [B] timesteps.
             clip_x0: Clip the estimate of x_0 to [-1, 1], as the paper's code does when it samples.
@@ -200,44 +251,46 @@ class GaussianDiffusion:
         x0_hat = self.predict_x0(x_t, t, model_output)
         if clip_x0:
             x0_hat = x0_hat.clamp(-1.0, 1.0)
+        output, values = self.split_output(model_output, x_t)
+        variance, log_variance = self._reverse_variance(values, x_t, t)
+        if self.prediction is Prediction.MU and self._trained is None:
+            mean = output
+        else:
+            mean = self.q_posterior_mean(x0_hat, x_t, t)
+        return ReverseStep(mean, variance, log_variance, x0_hat)
+
+    def _reverse_variance(self, values: Tensor | None, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance of the reverse step and its logarithm."""
         match self.variance:
             case Variance.FIXED_SMALL:
-                names = ("posterior_variance", "posterior_log_variance_clipped")
+                variance = self.gather("posterior_variance", t, x_t)
+                return variance, self.gather("posterior_log_variance_clipped", t, x_t)
             case Variance.FIXED_LARGE:
-                names = ("fixed_large_variance", "fixed_large_log_variance")
-        variance, log_variance = (self._gather(name, t, x_t) for name in names)
-        return ReverseStep(self.q_posterior_mean(x0_hat, x_t, t), variance, log_variance, x0_hat)
+                variance = self.gather("fixed_large_variance", t, x_t)
+                return variance, self.gather("fixed_large_log_variance", t, x_t)
+            case Variance.LEARNED:
+                assert values is not None
+                log_variance = values
+                if self._trained is not None:
+                    lower = self._gather_of_the_step("posterior_log_variance_clipped", t, x_t)
+                    width = self._gather_of_the_step("log_variance_range", t, x_t)
+                    # Where all noise is old noise the extremes meet; any fraction says the same there.
+                    fraction = (values - lower) / width.clamp_min(torch.finfo(x_t.dtype).tiny)
+                    log_variance = self._between_the_extremes(fraction.clamp(0.0, 1.0), x_t, t)
+            case Variance.LEARNED_RANGE:
+                assert values is not None
+                log_variance = self._between_the_extremes((values + 1) / 2, x_t, t)
+        return log_variance.exp(), log_variance
 
-    def _gather(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """A table's values at t, shaped [B, 1, ...] to go with images, in their precision."""
-        key = (name, like.device, like.dtype)
-        if key not in self._tables:
-            table = torch.tensor(getattr(self.schedule, name), dtype=like.dtype, device="cpu")
-            self._tables[key] = table.to(like.device)
-        # index_select, unlike indexing, does not take a negative timestep for one counted from the end.
-        return self._tables[key].index_select(0, t).view(-1, *[1] * (like.ndim - 1))
+    def _between_the_extremes(self, fraction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The log-variance at a fraction of the way from the posterior's to log beta."""
+        lower = self.gather("posterior_log_variance_clipped", t, x_t)
+        return lower + fraction * self.gather("log_variance_range", t, x_t)
 
-    def _check(self, x: Tensor, t: Tensor) -> None:
-        """Raises ValueError unless t holds one timestep for each image of x in full precision."""
-        if x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"diffusion is computed in float32, got images of {x.dtype}: use .float() on them"
-            )
-        if t.dtype != torch.int64 or x.ndim == 0 or t.shape != x.shape[:1]:
-            raise ValueError(f"t must be int64 of shape {list(x.shape[:1])}, got {t.dtype} {list(t.shape)}")
-        # On an accelerator reading t would stop the pipeline; there index_select's own assertion guards.
-        if t.device.type == "cpu" and t.numel():
-            low, high = int(t.min()), int(t.max())
-            if low < 0 or high >= self.num_timesteps:
-                raise ValueError(f"timesteps must lie in [0, {self.num_timesteps}), got {low}..{high}")
+    def _of_the_step(self, name: str) -> Table:
+        """A table of the process the network was trained on, at this process's timesteps."""
+        table: Table = getattr(self.schedule, name) if self._trained is None else self._trained[name]
+        return table
 
-
-def _check_shape(name: str, x: Tensor, like: Tensor) -> None:
-    if x.shape != like.shape:
-        raise ValueError(f"{name} has shape {list(x.shape)}, the images {list(like.shape)}")
-
-
-def _check_like(name: str, x: Tensor, like: Tensor) -> None:
-    _check_shape(name, x, like)
-    if x.dtype != like.dtype:
-        raise ValueError(f"{name} is {x.dtype}, the images are {like.dtype}: convert it")
+    def _gather_of_the_step(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        return self.lookup(("trained", name), lambda: self._of_the_step(name), t, like)

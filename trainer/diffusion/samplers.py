@@ -1,9 +1,10 @@
-"""Samplers as generators: each yields every step of the reverse process, `final` keeps the last.
+"""Samplers as generators: each yields every step of its process, `final` keeps the last.
 
 No gradients are recorded. Randomness comes from the caller: `noise_fn(draw)` gives the noise of one step,
 where draw counts 1, 2, ... in the order the steps are taken; draw 0 is left for x_T itself.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from torch import Tensor
 from trainer.diffusion.process import GaussianDiffusion
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""The network: (x_t [B, ...], t int64 [B]) -> its output, like x_t."""
+"""The network: (x_t [B, ...], t int64 [B]) -> its output."""
 Noise = Callable[[int], Tensor]
 """draw -> standard normal numbers, like x_t."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the reverse process.
+    """One step of a sampler.
 
     Attributes:
         t: Timestep the network saw, in [0, T).
@@ -70,7 +71,8 @@ def ancestral(
         denoise: The network.
         x_T: float32 [B, ...] standard normal.
         noise_fn: Noise of each step but the last one.
-        timesteps: Strictly increasing subset to visit; the process is then respaced. Default: all.
+        timesteps: Strictly increasing subset to visit; the process is then respaced, see
+            `GaussianDiffusion.respaced`. Default: all.
         clip_x0: Clip each estimate of x_0 to [-1, 1].
 
     Returns:
@@ -82,9 +84,7 @@ def ancestral(
     """
     if timesteps is None:
         timesteps = range(diffusion.num_timesteps)
-    else:
-        respaced = diffusion.schedule.respaced(timesteps)
-        diffusion = GaussianDiffusion(respaced, diffusion.prediction, diffusion.variance)
+    diffusion = diffusion.respaced(timesteps)
     return _ancestral(diffusion, denoise, x_T, noise_fn, tuple(timesteps), clip_x0)
 
 
@@ -176,6 +176,56 @@ def _ddim(
         yield Step(timesteps[index], x, x0_hat)
 
 
+def ddim_invert(
+    diffusion: GaussianDiffusion, denoise: Denoise, x0: Tensor, *, steps: int, clip_x0: bool = False
+) -> Iterator[Step]:
+    """DDIM run towards noise: the latent from which `ddim` with as many steps leads back to x_0.
+
+    Each step is that of `ddim` between the same two timesteps, backwards, with the noise estimated at its
+    beginning (Song, Meng, Ermon 2021, section 4.3). x_0 is taken for an image of the first timestep. So the
+    round trip is exact only in the limit of many steps.
+
+    Args:
+        diffusion: The process and the meaning of the network's output (its variance is not used).
+        denoise: The network.
+        x0: float32 [B, ...] clean images in [-1, 1].
+        steps: Timesteps on the way, see `evenly_spaced`; at least 2. The last one is reached without asking
+            the network there, so it is evaluated steps - 1 times.
+        clip_x0: Clip each estimate of x_0 to [-1, 1]; that may lose what the way back needs.
+
+    Returns:
+        An iterator over the steps, lowest timestep first; the last x stands at the highest timestep of
+        `evenly_spaced`.
+
+    Raises:
+        ValueError: If there are not that many steps, or only one; while iterating, if the network's output
+            has a wrong shape or precision.
+    """
+    timesteps = evenly_spaced(diffusion.num_timesteps, steps)
+    if steps < 2:
+        raise ValueError(
+            f"inversion leads from one timestep to another: steps must be 2 or more, got {steps}"
+        )
+    return _ddim_invert(diffusion, denoise, x0, timesteps, clip_x0)
+
+
+@torch.no_grad()
+def _ddim_invert(
+    diffusion: GaussianDiffusion, denoise: Denoise, x0: Tensor, timesteps: list[int], clip_x0: bool
+) -> Iterator[Step]:
+    abar = diffusion.schedule.alphas_cumprod
+    x = x0
+    for now, after in itertools.pairwise(timesteps):
+        t = _full(x, now)
+        x0_hat = diffusion.predict_x0(x, t, denoise(x, t))
+        if clip_x0:
+            x0_hat = x0_hat.clamp(-1.0, 1.0)
+        eps = diffusion.eps_from_x0(x, t, x0_hat)
+        signal = float(abar[after])
+        x = math.sqrt(signal) * x0_hat + math.sqrt(1.0 - signal) * eps
+        yield Step(now, x, x0_hat)
+
+
 def final(steps: Iterator[Step]) -> Tensor:
     """Runs a sampler to its end.
 
@@ -183,7 +233,7 @@ def final(steps: Iterator[Step]) -> Tensor:
         steps: A sampler's iterator.
 
     Returns:
-        The sampled x_0, float32 [B, ...].
+        The image after the last step, float32 [B, ...]: the sampled x_0, or an inversion's latent.
     """
     last: Step | None = None
     for step in steps:
