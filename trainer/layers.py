@@ -1,74 +1,128 @@
-"""Layers of the network that start, round and lie in memory as the paper's code had them."""
+"""Layers of the network that start, round and lie in memory as the profile says."""
 
 import math
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-NEAR_ZERO = 1e-10
-"""Variance scale of the layers that start near zero."""
+from trainer import winograd
+from trainer.unet_config import Conventions
 
 
 class Conv2d(nn.Conv2d):
-    """A square convolution that keeps the size (odd kernels) and starts as the paper's did.
+    """A square convolution with an odd kernel; as it stands, it keeps the size.
 
     Args:
         in_channels: Channels in.
         out_channels: Channels out.
         kernel_size: Odd height and width.
-        init_scale: Variance scale of the initial weights.
+        conventions: How the weights start.
+        ends_branch: Whether this is the last layer of a residual branch or of the network.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, init_scale: float = 1.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        conventions: Conventions,
+        *,
+        ends_branch: bool = False,
     ) -> None:
-        self.init_scale = init_scale
+        self.conventions, self.ends_branch = conventions, ends_branch
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the initial weights."""
-        _variance_scaling(self, self.init_scale, generator)
+        _draw(self, self.conventions, self.ends_branch, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves x [B, in, H, W]."""
+        if self.kernel_size == (1, 1):
+            # A dense layer over the pixels. In channels_last they lie ready for it; as convolutions torch's
+            # smallest ones would rearrange the images (CPU) or add the bias separately (GPU).
+            dense = F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias)
+            return dense.permute(0, 3, 1, 2)
+        if self.kernel_size == (3, 3) and self.stride == (1, 1) and winograd.suits(x, self.weight):
+            assert self.bias is not None
+            return cast(Tensor, winograd.conv3x3(x, self.weight, self.bias))
+        return super().forward(x)
 
 
 class Linear(nn.Linear):
-    """A dense layer that starts as the paper's did.
+    """A dense layer.
 
     Args:
         in_features: Features in.
         out_features: Features out.
-        init_scale: Variance scale of the initial weights.
+        conventions: How the weights start.
+        ends_branch: Whether this is the last layer of a residual branch.
     """
 
-    def __init__(self, in_features: int, out_features: int, init_scale: float = 1.0) -> None:
-        self.init_scale = init_scale
+    def __init__(
+        self, in_features: int, out_features: int, conventions: Conventions, *, ends_branch: bool = False
+    ) -> None:
+        self.conventions, self.ends_branch = conventions, ends_branch
         super().__init__(in_features, out_features)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draws the initial weights."""
-        _variance_scaling(self, self.init_scale, generator)
+        _draw(self, self.conventions, self.ends_branch, generator)
 
 
-def _variance_scaling(layer: Conv2d | Linear, scale: float, generator: torch.Generator | None) -> None:
-    """Zero bias; uniform weights of variance scale / mean(fan in, fan out): Xavier's at scale 1."""
-    fan_out, fan_in = layer.weight.shape[:2]
+def _draw(
+    layer: Conv2d | Linear, conventions: Conventions, ends_branch: bool, generator: torch.Generator | None
+) -> None:
+    """Uniform weights: Xavier's over zero biases, or torch's own, biases too; branch ends scaled."""
     receptive = layer.weight[0, 0].numel()
-    limit = math.sqrt(3 * scale / ((fan_in + fan_out) * receptive / 2))
+    fan_out, fan_in = (size * receptive for size in layer.weight.shape[:2])
+    precision = (fan_in + fan_out) / 2 if conventions.xavier else 3 * fan_in  # 1 / variance
+    limit = math.sqrt(3 * (conventions.branch_end_scale if ends_branch else 1.0) / precision)
+    assert layer.bias is not None
     with torch.no_grad():
         layer.weight.uniform_(-limit, limit, generator=generator)
-        cast(Tensor, layer.bias).zero_()
+        if conventions.xavier:
+            layer.bias.zero_()
+        else:
+            layer.bias.uniform_(-limit, limit, generator=generator)
+
+
+class Embedding(nn.Embedding):
+    """A row of numbers for every class.
+
+    Args:
+        num_embeddings: Number of classes.
+        embedding_dim: Numbers in a row.
+        conventions: How the rows start.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, conventions: Conventions) -> None:
+        self.conventions = conventions
+        super().__init__(num_embeddings, embedding_dim)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws the initial rows: as a dense layer over one-hot labels, or standard normal as torch's own."""
+        with torch.no_grad():
+            if self.conventions.xavier:
+                limit = math.sqrt(6 / (self.num_embeddings + self.embedding_dim))
+                self.weight.uniform_(-limit, limit, generator=generator)
+            else:
+                self.weight.normal_(generator=generator)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with the paper's eps that hands activations on in the layout they came in.
+    """Group normalisation that hands activations on in the layout they came in.
 
     Args:
         groups: Number of groups.
         channels: Number of channels.
+        conventions: What is added to the variance.
     """
 
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
+    def __init__(self, groups: int, channels: int, conventions: Conventions) -> None:
+        super().__init__(groups, channels, eps=conventions.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x [B, C, H, W]."""
@@ -76,22 +130,59 @@ class GroupNorm(nn.GroupNorm):
         return channels_last(super().forward(x))
 
 
-def time_embedding(t: Tensor, channels: int) -> Tensor:
-    """Sinusoids of the timestep: sin(t w_i) for all i, then cos(t w_i), w_i = 10000^(-i / (channels/2 - 1)).
+def time_embedding(t: Tensor, channels: int, conventions: Conventions) -> Tensor:
+    """Sinusoids of the timestep, a block of sines and a block of cosines, in the conventions' order.
+
+    The frequencies are w_i = 10000^(-i / (n - offset)) for i < n = channels / 2.
 
     Args:
         t: int64 [B] timesteps, raw.
         channels: Even number of sinusoids, at least 4.
+        conventions: Order of the blocks and offset.
 
     Returns:
         float32 [B, channels].
     """
     half = channels // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.to(torch.float32)[:, None] * torch.exp(index * (-math.log(10000.0) / (half - 1)))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    frequencies = torch.exp(index * (-math.log(10000.0) / (half - conventions.frequency_offset)))
+    angles = t.to(torch.float32)[:, None] * frequencies
+    blocks = [angles.sin(), angles.cos()]
+    return torch.cat(blocks[::-1] if conventions.cosine_first else blocks, dim=1)
 
 
 def channels_last(x: Tensor) -> Tensor:
     """The same [B, C, H, W] values laid out as [B, H, W, C]; no copy if they are already."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def space_to_depth(x: Tensor, block: int) -> Tensor:
+    """Turns squares of pixels into channels, in TensorFlow's order.
+
+    Args:
+        x: [B, C, H, W], H and W divisible by block.
+        block: Height and width of the squares.
+
+    Returns:
+        [B, block^2 C, H / block, W / block]: pixel (dy, dx) of a square, channel c is channel
+        (dy * block + dx) * C + c.
+    """
+    B, C, H, W = x.shape
+    squares = x.reshape(B, C, H // block, block, W // block, block)
+    return squares.permute(0, 3, 5, 1, 2, 4).reshape(B, block * block * C, H // block, W // block)
+
+
+def depth_to_space(x: Tensor, block: int) -> Tensor:
+    """Turns channels back into squares of pixels: the inverse of `space_to_depth`.
+
+    Args:
+        x: [B, block^2 C, H, W].
+        block: Height and width of the squares.
+
+    Returns:
+        [B, C, block H, block W].
+    """
+    B, channels, H, W = x.shape
+    C = channels // block**2
+    squares = x.reshape(B, block, block, C, H, W)
+    return squares.permute(0, 3, 4, 1, 5, 2).reshape(B, C, block * H, block * W)

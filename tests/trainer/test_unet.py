@@ -6,37 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
-from torch import Tensor, nn
+from torch import nn
 
+from tests.trainer.unet_support import SMALL, TINY, inputs, randomise
 from trainer.layers import Conv2d, GroupNorm, Linear, time_embedding
 from trainer.unet import UNet, UNetConfig
 
-SMALL = UNetConfig(
-    image_size=16,
-    base_channels=32,
-    channel_multipliers=(1, 2, 2),
-    num_res_blocks=2,
-    attention_resolutions=(8,),
-)
-TINY = UNetConfig(
-    image_size=8,
-    in_channels=1,
-    out_channels=1,
-    base_channels=8,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-    norm_groups=4,
-)
-# What makes diffusers' network the paper's.
-PAPER_KNOBS: dict[str, Any] = {
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "norm_eps": 1e-6,
-    "attention_head_dim": None,
-}
 BIG = (1, 1, 2, 2, 4, 4)
 
 
@@ -58,128 +33,14 @@ def test_parameter_counts_of_the_paper(config: UNetConfig, parameters: int, tens
     assert len(model.state_dict()) == tensors  # no buffers
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights far from any special value: near-zero layers would hide what they multiply."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.05, generator=generator)
-
-
-def diffusers_name(name: str, levels: int) -> str:
-    """The name diffusers gives one of our parameters."""
-    *parts, kind = name.split(".")
-    block = {"time_proj": "time_emb_proj", "shortcut": "conv_shortcut"}
-    attention = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
-    match parts:
-        case ["time_embed", index]:
-            theirs = f"time_embedding.linear_{1 + int(index) // 2}"
-        case ["stem"]:
-            theirs = "conv_in"
-        case ["head", layer]:
-            theirs = f"conv_{layer}_out".replace("conv_conv_out", "conv_out")
-        case ["mid", "attention", layer]:
-            theirs = f"mid_block.attentions.0.{attention[layer]}"
-        case ["mid", which, layer]:
-            theirs = f"mid_block.resnets.{int(which[-1]) - 1}.{block.get(layer, layer)}"
-        case [way, level, *rest]:
-            place = int(level) if way == "down" else levels - 1 - int(level)
-            match rest:
-                case ["blocks", j, layer]:
-                    tail = f"resnets.{j}.{block.get(layer, layer)}"
-                case ["attentions", j, layer]:
-                    tail = f"attentions.{j}.{attention[layer]}"
-                case _:
-                    tail = f"{way}samplers.0.conv"
-            theirs = f"{way}_blocks.{place}.{tail}"
-    return f"{theirs}.{kind}"
-
-
-def twins(config: UNetConfig, dtype: torch.dtype, **knobs: Any) -> tuple[UNet, UNet2DModel]:
-    """Our network and diffusers' with the same random weights."""
-    ours = UNet(config)
-    randomise(ours)
-    attends = [resolution in config.attention_resolutions for resolution in config.resolutions]
-    theirs = UNet2DModel(
-        sample_size=config.image_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        layers_per_block=config.num_res_blocks,
-        block_out_channels=config.widths,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        norm_num_groups=config.norm_groups,
-        **(PAPER_KNOBS | knobs),
-    )
-    levels = len(config.widths)
-    theirs.load_state_dict(
-        {diffusers_name(name, levels): p for name, p in ours.state_dict().items()}, strict=True
-    )
-    return ours.to(dtype).eval(), theirs.to(dtype).eval()
-
-
-def inputs(config: UNetConfig, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, config.in_channels, config.image_size, config.image_size, generator=generator)
-    return x.to(dtype), torch.tensor([0, 1, 500, 999])
-
-
-class OurSinusoids(nn.Module):
-    """Our time embedding inside their network: theirs is float32 rounded otherwise, which 1e-10 would see."""
-
-    def forward(self, t: Tensor) -> Tensor:
-        return time_embedding(t, SMALL.base_channels)
-
-
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_parity_with_diffusers(dtype: torch.dtype, atol: float) -> None:
-    ours, theirs = twins(SMALL, dtype)
-    if dtype == torch.float64:
-        theirs.time_proj = OurSinusoids()
-    x, t = inputs(SMALL, dtype)
-    x.requires_grad_()
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
-    mine = ours(x, t)
-    (dx,) = torch.autograd.grad((mine * direction).mean(), x, retain_graph=True)
-    (mine * direction).mean().backward()
-    y = x.detach().clone().requires_grad_()
-    other = theirs(y, t).sample
-    (other * direction).mean().backward()
-    assert float(other.detach().abs().max()) > 0.3  # not a comparison of zeros
-    torch.testing.assert_close(mine, other, atol=atol, rtol=0)
-    torch.testing.assert_close(dx, y.grad, atol=atol, rtol=0)
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[diffusers_name(name, 3)], atol=atol, rtol=0, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("knob", "least"),
-    [
-        ({"downsample_padding": 1}, 1e-2),
-        ({"flip_sin_to_cos": True}, 1e-2),
-        ({"freq_shift": 0}, 1e-3),
-        ({"norm_eps": 1e-5}, 1e-5),
-        ({"attention_head_dim": 8}, 1e-3),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_each_detail_of_the_paper_shows(knob: dict[str, Any], least: float) -> None:
-    """With one detail as others have it, the parity above must break."""
-    ours, theirs = twins(SMALL, torch.float64, **knob)
-    x, t = inputs(SMALL, torch.float64)
-    with torch.no_grad():
-        assert float((ours(x, t) - theirs(x, t).sample).abs().max()) > least
-
-
 def test_time_embedding() -> None:
     t = torch.tensor([0, 1, 999])
-    e = time_embedding(t, 8).double()
+    e = time_embedding(t, 8, SMALL.conventions).double()
     frequencies = torch.tensor([1.0, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4], dtype=torch.float64)
     angles = t[:, None] * frequencies
     torch.testing.assert_close(e, torch.cat([angles.sin(), angles.cos()], dim=1), atol=2e-4, rtol=0)
     assert e.dtype == torch.float64
-    assert time_embedding(t, 8).dtype == torch.float32
+    assert time_embedding(t, 8, SMALL.conventions).dtype == torch.float32
 
 
 def test_initial_weights() -> None:
