@@ -4,7 +4,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final
 
 import torch
 
@@ -13,7 +13,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from eval.report.grid import sample_grid, to_pil
 from eval.sampling import SamplerSettings, sample_images
-from trainer.recipe import EvaluationSpec, Recipe
+from trainer.recipe import Recipe
+from trainer.recipe_sections import EvaluationSpec, SamplerName
 from trainer.run import Run
 from trainer.weights import load_for_inference
 
@@ -31,6 +32,7 @@ class DrawOptions:
         ema: EMA profile, or `raw`.
         steps: Sampling steps.
         seed: Seed of the pictures' noise.
+        sampler: Name of the sampler.
     """
 
     number: int
@@ -38,6 +40,7 @@ class DrawOptions:
     ema: str | None = None
     steps: int | None = None
     seed: int = 0
+    sampler: str | None = None
 
 
 class Samples(Document):
@@ -65,7 +68,7 @@ class Samples(Document):
     manifest_sha256: str
     images: int
     ema: str
-    sampler: Literal["ddim", "ancestral"]
+    sampler: SamplerName
     steps: int
     eta: float
     seed: int
@@ -128,10 +131,16 @@ def _spec(recipe: Recipe, options: DrawOptions) -> EvaluationSpec:
     steps = min(50, recipe.diffusion.num_timesteps)
     plain = EvaluationSpec(samples=2, steps=steps, ema=profile, eta=0.0, chunk=64, seed=0)
     spec = next(iter(recipe.evaluation.values()), plain)
-    given = {"ema": options.ema, "steps": options.steps}
+    if options.sampler is not None and options.sampler not in set(SamplerName):
+        raise UserError(f"--sampler {options.sampler}: unknown; known: {', '.join(SamplerName)}")
+    sampler = None if options.sampler is None else SamplerName(options.sampler)
+    given = {"ema": options.ema, "steps": options.steps, "sampler": sampler}
     spec = spec.model_copy(update={key: value for key, value in given.items() if value is not None})
-    if spec.steps > recipe.diffusion.num_timesteps:
+    timesteps = recipe.diffusion.num_timesteps
+    most = spec.sampler.most_steps(timesteps)
+    if spec.steps > most:
         raise UserError(
-            f"--steps {spec.steps}: the model has {recipe.diffusion.num_timesteps} timesteps; lower it"
+            f"--steps {spec.steps}: the model has {timesteps} timesteps, of which {spec.sampler} can take "
+            f"{most}; lower it"
         )
     return spec

@@ -57,10 +57,11 @@ def make_protocol(
         known = ", ".join(recipe.evaluation) or "none; add a section `evaluation` to the recipe"
         raise UserError(f"evaluation.{spec_name}: no such specification; known: {known}")
     spec = recipe.evaluation[spec_name]
-    if spec.steps > recipe.diffusion.num_timesteps:
+    most = spec.sampler.most_steps(recipe.diffusion.num_timesteps)
+    if spec.steps > most:
         raise UserError(
-            f"evaluation.{spec_name}.steps={spec.steps} exceeds diffusion.num_timesteps="
-            f"{recipe.diffusion.num_timesteps}; lower it"
+            f"evaluation.{spec_name}.steps={spec.steps}: with diffusion.num_timesteps="
+            f"{recipe.diffusion.num_timesteps} {spec.sampler} can take {most}; lower it"
         )
     choice = choice or parse_choice(spec.features)
     profile: dict[str, Any] = {} if spec.ema == "raw" else recipe.ema[spec.ema].model_dump(mode="json")

@@ -9,6 +9,7 @@ from typing import ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict
 
 from data_pipeline.documents import Document, canonical_json, sha256_hex
+from trainer.recipe_sections import SamplerName
 
 NVIDIA_INCEPTION_SHA256: Final = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 """The file that defines FID and IS: `inception-2015-12-05.pt`, 95,607,719 bytes."""
@@ -79,7 +80,7 @@ class Protocol(Document):
         reference: The real pictures compared against.
         held_out: The real pictures of the comparison row.
         samples: N, number of generated pictures, ids 0..N-1.
-        sampler: `ddim` or `ancestral`.
+        sampler: Name of the sampler.
         steps: Network evaluations per picture, on evenly spaced timesteps.
         eta: Stochasticity of DDIM.
         ema: Weights: an EMA profile of the recipe, or `raw`.
@@ -101,7 +102,7 @@ class Protocol(Document):
     reference: PictureSet
     held_out: PictureSet
     samples: int
-    sampler: Literal["ddim", "ancestral"]
+    sampler: SamplerName
     steps: int
     eta: float
     ema: str

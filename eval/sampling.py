@@ -5,17 +5,19 @@ fixed chunks aligned to multiples of the chunk size, the last one padded, so tha
 processes nor N changes a bit of any picture (on the same device, build and thread count).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eval.statistics import Pictures
-from trainer.diffusion.samplers import ancestral, ddim, evenly_spaced, final
+from trainer.diffusion.process import GaussianDiffusion
+from trainer.diffusion.samplers import Denoise, Noise, Step, ancestral, ddim, evenly_spaced, final
+from trainer.diffusion.solvers import dpm_solver, unipc
 from trainer.randomness import Purpose, normal
+from trainer.recipe_sections import SamplerName
 from trainer.weights import Loaded
 
 
@@ -24,14 +26,15 @@ class SamplerSettings:
     """How pictures are drawn.
 
     Attributes:
-        sampler: `ancestral` (Ho et al. 2020, algorithm 2) or `ddim` (Song et al. 2021).
+        sampler: `ancestral` (Ho et al. 2020, algorithm 2), `ddim` (Song et al. 2021), `dpm-solver++`
+            (Lu et al. 2022, second order, multistep) or `unipc` (Zhao et al. 2023).
         steps: Network evaluations per picture, evenly spaced timesteps; the paper takes all T.
         eta: DDIM's stochasticity, 0 is deterministic.
         seed: Seed of the pictures' noise.
         chunk: Pictures per network call.
     """
 
-    sampler: Literal["ddim", "ancestral"]
+    sampler: SamplerName
     steps: int
     eta: float
     seed: int
@@ -83,18 +86,26 @@ def sample_chunk(
     with torch.inference_mode():
         x_T = normal(settings.seed, Purpose.SAMPLE_NOISE, ids, shape, draw=0)
         x_T = x_T.contiguous(memory_format=torch.channels_last)
-        if settings.sampler == "ddim":
-            steps = ddim(
-                loaded.diffusion, denoise, x_T, steps=settings.steps, eta=settings.eta, noise_fn=noise
-            )
-        else:
-            total = loaded.diffusion.num_timesteps
-            visited = None if settings.steps == total else evenly_spaced(total, settings.steps)
-            steps = ancestral(loaded.diffusion, denoise, x_T, noise, visited)
-        x_0 = final(steps)
+        x_0 = final(_reverse_process(loaded.diffusion, denoise, x_T, noise, settings))
         finite = torch.isfinite(x_0).flatten(1).all(dim=1)
         images = quantise(x_0).permute(0, 2, 3, 1).contiguous()
     return Pictures(images.cpu().numpy(), finite.cpu().numpy())
+
+
+def _reverse_process(
+    diffusion: GaussianDiffusion, denoise: Denoise, x_T: Tensor, noise: Noise, settings: SamplerSettings
+) -> Iterator[Step]:
+    match settings.sampler:
+        case SamplerName.ANCESTRAL:
+            total = diffusion.num_timesteps
+            visited = None if settings.steps == total else evenly_spaced(total, settings.steps)
+            return ancestral(diffusion, denoise, x_T, noise, visited)
+        case SamplerName.DDIM:
+            return ddim(diffusion, denoise, x_T, steps=settings.steps, eta=settings.eta, noise_fn=noise)
+        case SamplerName.DPM_SOLVER:
+            return dpm_solver(diffusion, denoise, x_T, steps=settings.steps)
+        case SamplerName.UNIPC:
+            return unipc(diffusion, denoise, x_T, steps=settings.steps)
 
 
 def sample_images(

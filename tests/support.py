@@ -1,6 +1,10 @@
 """Helpers shared by tests: small real runs without training."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -23,6 +27,19 @@ TINY = (
 
 def tiny_recipe(overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe("quickstart", [*TINY, *overrides])
+
+
+def start_training(run: Run, shards: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """The quickstart recipe under launch/train.sh, one thread per rank; its output is one text stream."""
+    script = str(Path(__file__).parents[1] / "launch" / "train.sh")
+    return subprocess.Popen(
+        [script, "quickstart", f"run={run.url}", f"data.url={shards}", *arguments],
+        env={**os.environ, "DDPM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def make_run(

@@ -61,7 +61,7 @@ def write_part(
     checkpoint: str,
     path: str,
     tensors: Mapping[str, Tensor],
-    role: Literal["weights", "ema", "state"],
+    role: Literal["weights", "ema", "state", "timesteps"],
     ema: str | None = None,
 ) -> FileEntry:
     """Write one safetensors part of a checkpoint that is not yet published.

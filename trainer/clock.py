@@ -5,7 +5,9 @@ Intervals are half-open: a quantity for the update from `images` to `images + B`
 (first update with learning rate 0).
 """
 
-from trainer.recipe import EmaProfile, OptimizerSection
+import math
+
+from trainer.recipe_sections import EmaProfile, EpsilonForm, OptimizerSection
 
 
 def learning_rate(section: OptimizerSection, images: int) -> float:
@@ -16,6 +18,17 @@ def learning_rate(section: OptimizerSection, images: int) -> float:
     if images >= section.warmup_images:
         return section.learning_rate
     return section.learning_rate * images / section.warmup_images
+
+
+def adam_epsilon(section: OptimizerSection, updates: int) -> float:
+    """Adam's epsilon for the update after `updates` ones, as torch's Adam takes it.
+
+    torch divides by sqrt(v / (1 - b2^t)) + eps, TensorFlow by (sqrt(v) + eps_hat) / sqrt(1 - b2^t): the same
+    with eps = eps_hat / sqrt(1 - b2^t), t = updates + 1. Source: Kingma & Ba 2015, end of section 2.
+    """
+    if section.epsilon_form is EpsilonForm.TORCH:
+        return section.eps
+    return float(section.eps / math.sqrt(1.0 - section.betas[1] ** (updates + 1)))
 
 
 def ema_decay(profile: EmaProfile, images: int, batch: int) -> float:

@@ -86,7 +86,7 @@ class Ranks:
         return int(tensor)
 
     def total(self, values: Tensor) -> Tensor:
-        """Return the sum over ranks of a small float64 CPU tensor."""
+        """Return the sum over ranks of a small float64 or int64 CPU tensor."""
         dist.all_reduce(values, group=self._control)
         return values
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.clock import ema_decay
-from trainer.recipe import EmaProfile
+from trainer.recipe_sections import EmaProfile
 
 
 class PartitionedEma:

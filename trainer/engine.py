@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from trainer.checkpoint import Slice
 from trainer.distributed import Environment
-from trainer.recipe import OptimizerSection, Precision, Recipe
+from trainer.recipe import Recipe
+from trainer.recipe_sections import OptimizerSection, Precision
 
 _ADAM_ROLES = ("exp_avg", "exp_avg_sq")
 
@@ -109,10 +110,10 @@ class Engine:
         """Close a micro-step that is not the last one of the update."""
         self._engine.step()
 
-    def update(self, learning_rate: float) -> StepOutcome:
-        """Close the last micro-step: reduce, clip and apply Adam with this learning rate."""
+    def update(self, learning_rate: float, epsilon: float) -> StepOutcome:
+        """Close the last micro-step: reduce, clip and apply Adam with this learning rate and epsilon."""
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"], group["eps"] = learning_rate, epsilon
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return StepOutcome(

@@ -9,6 +9,7 @@ import math
 import socket
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,24 +20,28 @@ from data_pipeline.order import rank_slice
 from data_pipeline.progress import Progress
 from data_pipeline.stream import Batch, ImageStream
 from trainer import checkpoint as checkpoints
-from trainer.clock import is_due, learning_rate
-from trainer.diffusion.losses import l_simple
+from trainer.clock import adam_epsilon, is_due, learning_rate
+from trainer.diffusion.losses import training_losses
 from trainer.distributed import Ranks
 from trainer.ema import PartitionedEma
 from trainer.engine import Engine
 from trainer.guards import SkipBudget
-from trainer.manifest import Attempt, AttemptEnd, FileEntry, Manifest, Topology
+from trainer.manifest import ANY_DATA, Attempt, AttemptEnd, FileEntry, Manifest, Topology
 from trainer.preflight import check_inputs
-from trainer.randomness import Purpose, bits, flips, normal, timesteps
+from trainer.randomness import Purpose, bits, flips, normal
 from trainer.recipe import Recipe
 from trainer.retention import Retention
 from trainer.run import Run
 from trainer.stop import StopReason, StopRequest
 from trainer.telemetry import MetricsLog
+from trainer.timestep_source import TimestepSource
 from trainer.unet import UNet
 from trainer.weights import assemble
 
 log = logging.getLogger(__name__)
+
+TIMESTEPS_FILE: Final = "state/timesteps.safetensors"
+"""The part that holds the distribution of loss-aware timesteps."""
 
 
 @dataclass
@@ -69,7 +74,7 @@ def open_session(recipe: Recipe, run: Run, world: int) -> Session:
     run.storage.prove_create_only()
     run.adopt_recipe(recipe)
     parent = checkpoints.newest_verified(run)
-    if parent is not None and parent.index_sha != index.sha256:
+    if parent is not None and parent.index_sha not in (ANY_DATA, index.sha256):
         raise UserError(
             f"data.url={recipe.data.url}: the run {run.url} was trained on another index "
             f"({parent.index_sha[:12]}, this one is {index.sha256[:12]}); give the same shards or another run"
@@ -113,6 +118,7 @@ class Trainer:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.engine = Engine(recipe, model, self.device, self.micro_steps)
         self.ema = PartitionedEma(recipe.ema, self.engine.masters)
+        self.timesteps = TimestepSource(recipe, self.device)
         self.state = self._load(session.parent)
         self.published = session.parent
         self.stream = ImageStream(
@@ -170,15 +176,17 @@ class Trainer:
         for number, chunk in enumerate(np.array_split(np.arange(len(positions)), self.micro_steps), start=1):
             # A rank with fewer images than micro-steps joins the collective with a picture of weight zero.
             select = slice(0, 1) if len(chunk) == 0 else slice(int(chunk[0]), int(chunk[-1]) + 1)
-            losses, t = self.losses(pictures[select], positions[select])
+            losses, t, weights = self.losses(pictures[select], positions[select])
             if len(chunk) == 0:
-                losses = losses * 0.0
-            self.engine.backward(losses.sum() / recipe.batch.total)
+                weights = torch.zeros_like(weights)
+            self.engine.backward((weights * losses).sum() / recipe.batch.total)
             if len(chunk) > 0:
                 seen.append((losses.detach(), t))
             if number < self.micro_steps:
                 self.engine.micro_step_done()
-        outcome = self.engine.update(learning_rate(recipe.optimizer, state.images))
+        outcome = self.engine.update(
+            learning_rate(recipe.optimizer, state.images), adam_epsilon(recipe.optimizer, state.updates)
+        )
         start = state.position
         state.position += recipe.batch.total
         if not outcome.applied:
@@ -189,30 +197,33 @@ class Trainer:
         self.window.grad_norm = outcome.grad_norm
         for step_losses, step_t in seen:
             self.window.add(step_losses, step_t)
+            self.timesteps.observe(step_t, step_losses)
         self.ema.update(state.images, recipe.batch.total)
+        self.timesteps.after_update(state.images, state.images + recipe.batch.total, self.ranks)
         state.images += recipe.batch.total
         state.updates += 1
 
-    def losses(self, pictures: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        """L_simple (eq. 14) of each sample.
+    def losses(self, pictures: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The recipe's loss of each sample, by default L_simple (eq. 14).
 
         Args:
             pictures: uint8 [b, H, W, C].
             n: int64 [b] stream positions, which key all randomness.
 
         Returns:
-            float32 [b] losses and int64 [b] timesteps.
+            float32 [b] losses, int64 [b] timesteps, and float32 [b] weights of the losses in the objective.
         """
         recipe = self.recipe
         # NHWC bytes seen as NCHW are channels_last already. Scaling: paper, section 3.3.
         x0 = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
         if recipe.image.flip:
             x0 = torch.where(flips(recipe.seed, n)[:, None, None, None], x0.flip(-1), x0)
-        t = timesteps(recipe.seed, n, self.diffusion.num_timesteps)
+        t, weights = self.timesteps.draw(n)
         noise = normal(recipe.seed, Purpose.NOISE, n, tuple(x0.shape[1:]))
         x_t = self.diffusion.q_sample(x0, t, noise).contiguous(memory_format=torch.channels_last)
         output = self.engine.forward(x_t, t)
-        return l_simple(self.diffusion, output, x0, x_t, t, noise), t
+        losses = training_losses(self.diffusion, output, x0, x_t, t, noise, recipe.loss.config())
+        return losses, t, weights
 
     def log_metrics(self, progress: Progress) -> None:
         """Reduce the window's metrics over the ranks and write one row."""
@@ -236,7 +247,10 @@ class Trainer:
         slices = self.engine.slices(self.ema.flats)
         entries = [checkpoints.write_state(run, name, self.ranks.rank, slices)]
         averages = self._whole_averages()
+        timesteps = self.timesteps.tensors(self.ranks)
         if self.ranks.is_main:
+            if timesteps:
+                entries.append(checkpoints.write_part(run, name, TIMESTEPS_FILE, timesteps, "timesteps"))
             weights = dict(self.engine.module.named_parameters())
             entries.append(checkpoints.write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights"))
             for profile, tensors in averages.items():
@@ -298,8 +312,10 @@ class Trainer:
         if parent is None:
             return TrainState()
         checkpoints.load_state(self.run, parent, self.engine.slices(self.ema.flats))
-        weights_entry = next(entry for entry in parent.files if entry.role == "weights")
-        self.engine.resume(checkpoints.read_part(self.run, parent, weights_entry), parent.updates)
+        parts = {entry.role: entry for entry in parent.files}
+        self.engine.resume(checkpoints.read_part(self.run, parent, parts["weights"]), parent.updates)
+        if self.timesteps.is_loss_aware and "timesteps" in parts:  # imported weights come without
+            self.timesteps.load(checkpoints.read_part(self.run, parent, parts["timesteps"]))
         return TrainState(parent.images, parent.position, parent.updates, SkipBudget(list(parent.skips)))
 
     def _end(self, outcome: str) -> None:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_pipeline.documents import Document
 from data_pipeline.errors import UserError
 
+ANY_DATA: Final = ""
+"""`index_sha` of a checkpoint that was not trained here: any shards may continue it."""
 _CHECKPOINT: Final = re.compile(r"(\d{10})-(\d{6})")
 
 
@@ -43,7 +45,7 @@ class FileEntry(BaseModel):
     """Relative to the checkpoint's folder."""
     bytes: int
     sha256: str
-    role: Literal["weights", "ema", "state"]
+    role: Literal["weights", "ema", "state", "timesteps"]
     ema: str | None = None
     """Profile name of a part whose role is "ema"."""
 

@@ -1,181 +1,42 @@
 """Typed recipes: one YAML file per experiment, `section.key=value` overrides, mistakes named with a remedy.
 
-The fields below are the whole configuration of a run; `trainer/recipes/*.yaml` hold the published
-experiments. Lengths of time are images (the design's one clock); per-step constants of the paper are
-given together with the batch they were meant for.
+`trainer/recipe_sections.py` holds the sections, `trainer/recipes/*.yaml` the published experiments. A recipe
+may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself.
 """
 
 import difflib
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.documents import canonical_json, describe_first, sha256_hex
 from data_pipeline.errors import UserError
-from trainer.diffusion.process import GaussianDiffusion, Prediction, Variance
-from trainer.diffusion.schedule import linear
-from trainer.unet import UNetConfig
-
-
-class Section(BaseModel):
-    """Base of all recipe sections: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def _absolute(place: str) -> str:
-    """Make a local path absolute, so that a run can be continued and evaluated from any folder."""
-    return place if not place or "://" in place else str(Path(place).expanduser().absolute())
-
-
-Place = Annotated[str, AfterValidator(_absolute)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class DataSection(Section):
-    """Where the training pictures are."""
-
-    url: Place = ""
-    """Folder or URL that holds index.json, as made by `ddpm data build`."""
-    split: str = "train"
-    window_shards: int = Field(16, ge=1)
-    """How many shards are mixed at a time; part of the order, see `data_pipeline.order`."""
-    prefetch_batches: int = Field(4, ge=1)
-    reader_threads: int = Field(2, ge=1)
-
-
-class ImageSection(Section):
-    """What one picture is."""
-
-    size: int = Field(ge=4)
-    channels: Literal[1, 3] = 3
-    flip: bool
-    """Random horizontal flips."""
-
-
-class ModelSection(Section):
-    """The U-Net (paper, appendix B)."""
-
-    base_channels: int = Field(ge=1)
-    channel_multipliers: tuple[int, ...]
-    num_res_blocks: int = Field(2, ge=1)
-    attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    norm_groups: int = Field(32, ge=1)
-
-
-class DiffusionSection(Section):
-    """The forward process and what the network predicts (paper, sections 2 to 4)."""
-
-    num_timesteps: int = Field(1000, ge=2)
-    schedule: Literal["linear"] = "linear"
-    beta_start: float = Field(1e-4, gt=0, lt=1)
-    beta_end: float = Field(0.02, gt=0, lt=1)
-    prediction: Prediction = Prediction.EPS
-    variance: Variance
-
-
-class BatchSection(Section):
-    """Batch arithmetic; ranks never appear in a recipe."""
-
-    total: int = Field(ge=1)
-    """Images per optimizer update over all ranks and accumulation steps."""
-    micro: int | None = Field(None, ge=1)
-    """Most images one device holds at a time; default: its whole share of `total`."""
-
-
-class OptimizerSection(Section):
-    """Adam (paper, appendix B)."""
-
-    learning_rate: float = Field(gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    warmup_images: int = Field(ge=0)
-    """Linear warm-up from 0; the paper's 5000 steps times its batch."""
-    clip_norm: float = Field(1.0, gt=0)
-    """Clipping of the averaged gradient's global norm."""
-
-
-class Precision(StrEnum):
-    """What the network computes in; parameters, gradients' reduction and losses stay float32."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class EmaProfile(Section):
-    """One exponential moving average of the weights: `decay` per `per_images`, or a half-life.
-
-    `half_life_share` caps the half-life at that share of the images seen so far: a warm-up that keeps
-    the average from dragging the random start along.
-    """
-
-    decay: float | None = Field(None, gt=0, lt=1)
-    per_images: int | None = Field(None, ge=1)
-    half_life_images: float | None = Field(None, gt=0)
-    half_life_share: float | None = Field(None, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _one_form(self) -> "EmaProfile":
-        if (self.decay is None) != (self.per_images is None):
-            raise ValueError("decay and per_images belong together, e.g. decay: 0.9999, per_images: 128")
-        if (self.decay is None) == (self.half_life_images is None):
-            raise ValueError("give either decay with per_images, or half_life_images")
-        return self
-
-
-class TrainSection(Section):
-    """How long to train."""
-
-    images: int = Field(ge=1)
-    """Training ends when this many images have been applied."""
-    max_minutes: float | None = Field(None, gt=0)
-    """Wall-clock budget of the training loop of one attempt; reaching it also counts as finished."""
-
-
-class CheckpointSection(Section):
-    """When checkpoints are published and how many stay."""
-
-    every_images: int = Field(ge=1)
-    keep: int = Field(3, ge=2)
-    """Newest checkpoints that keep their files."""
-
-
-class LoggingSection(Section):
-    """Metrics of the training loop."""
-
-    every_images: int = Field(ge=1)
-    tensorboard: bool = True
-
-
-class EvaluationSpec(Section):
-    """One named protocol of the evaluation service (design, law 7)."""
-
-    samples: int = Field(ge=2)
-    sampler: Literal["ddim", "ancestral"] = "ddim"
-    steps: int = Field(ge=1)
-    eta: float = Field(0.0, ge=0.0, le=1.0)
-    ema: str
-    """Name of an EMA profile, or "raw"."""
-    features: Literal["effnetlite0", "inception"] = "effnetlite0"
-    chunk: int = Field(64, ge=1)
-    """Images generated together; part of the protocol because it fixes every rounding."""
-    seed: int = Field(0, ge=0)
-    reference_split: str = "train"
-    held_out_split: str = "val"
-
-
-class DeepSpeedSection(Section):
-    """How state is partitioned over the ranks; has no influence on the trajectory."""
-
-    zero_stage: Literal[1] = 1
-    timeout_seconds: float = Field(600.0, gt=0)
-    """After so long without an answer of another rank the process gives up."""
+from trainer.diffusion.losses import check_loss
+from trainer.diffusion.process import GaussianDiffusion
+from trainer.diffusion.schedule import from_config
+from trainer.recipe_sections import (
+    BatchSection,
+    CheckpointSection,
+    DataSection,
+    DeepSpeedSection,
+    DiffusionSection,
+    EmaProfile,
+    EvaluationSpec,
+    ImageSection,
+    LoggingSection,
+    LossSection,
+    ModelSection,
+    OptimizerSection,
+    Place,
+    Precision,
+    Section,
+    TrainSection,
+)
+from trainer.unet_config import UNetConfig
 
 
 class Recipe(Section):
@@ -188,6 +49,7 @@ class Recipe(Section):
     image: ImageSection
     model: ModelSection
     diffusion: DiffusionSection
+    loss: LossSection = LossSection()
     batch: BatchSection
     optimizer: OptimizerSection
     precision: Precision
@@ -205,8 +67,6 @@ class Recipe(Section):
                 raise ValueError(f"the name {name!r} may hold letters, digits, '-', '_' and '.' only")
         if "raw" in self.ema:
             raise ValueError('ema.raw: "raw" means the weights themselves; choose another name')
-        if self.diffusion.beta_start > self.diffusion.beta_end:
-            raise ValueError("diffusion.beta_start exceeds diffusion.beta_end; noise must grow with t")
         for name, spec in self.evaluation.items():
             if spec.ema != "raw" and spec.ema not in self.ema:
                 known = ", ".join(("raw", *self.ema))
@@ -215,6 +75,9 @@ class Recipe(Section):
             raise ValueError(
                 f"batch.micro={self.batch.micro} exceeds batch.total={self.batch.total}; lower batch.micro"
             )
+        if self.diffusion.beta_start > self.diffusion.beta_end:
+            raise ValueError("diffusion.beta_start exceeds diffusion.beta_end; noise must grow with t")
+        check_loss(self.build_diffusion(), self.loss.config())
         self.unet_config()
         return self
 
@@ -227,15 +90,14 @@ class Recipe(Section):
         return UNetConfig(
             image_size=self.image.size,
             in_channels=self.image.channels,
-            out_channels=self.image.channels,
+            out_channels=self.build_diffusion().output_channels(self.image.channels),
             **dict(self.model),
         )
 
     def build_diffusion(self) -> GaussianDiffusion:
         """Return the diffusion process of this recipe."""
         section = self.diffusion
-        schedule = linear(section.num_timesteps, section.beta_start, section.beta_end)
-        return GaussianDiffusion(schedule, section.prediction, section.variance)
+        return GaussianDiffusion(from_config(section.schedule_config()), section.prediction, section.variance)
 
     def to_yaml(self) -> str:
         """Serialise all fields, resolved, as YAML that `load_recipe` reads back."""
@@ -262,6 +124,7 @@ _NOT_TRAJECTORY: Final = (
     ("data", "url"),
     ("data", "prefetch_batches"),
     ("data", "reader_threads"),
+    ("model", "checkpoint_activations"),
     ("batch", "micro"),
     ("train",),
     ("checkpoint",),
@@ -317,12 +180,7 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
     Raises:
         UserError: As `load_recipe`.
     """
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: a recipe is a mapping of sections; see `ddpm recipe show quickstart`")
+    content = _content(text, where)
     for override in overrides:
         _apply_override(content, override)
     try:
@@ -339,6 +197,31 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+
+
+def _content(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML and lay it over the recipe it extends, if any."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: a recipe is a mapping of sections; see `ddpm recipe show quickstart`")
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if base not in recipe_names() or base == where:
+        raise UserError(f"{where}: extends: {base!r} is no other shipped recipe: {', '.join(recipe_names())}")
+    return _merged(_content(recipe_text(base), base), content)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay one mapping over another, section by section."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,10 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps. Default: those of the first evaluation spec.")
     ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="ddim, ancestral, dpm-solver++, unipc. Default: the first evaluation spec's."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed: picture i depends on (checkpoint, seed, i) alone.")
     ] = 0,
@@ -31,7 +35,7 @@ def sample(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        facts = draw(Run(run_url), out, DrawOptions(number, checkpoint, ema, steps, seed), device)
+        facts = draw(Run(run_url), out, DrawOptions(number, checkpoint, ema, steps, seed, sampler), device)
     except CheckpointGoneError as error:
         raise UserError(f"{error}; name another checkpoint") from error
     if as_json:

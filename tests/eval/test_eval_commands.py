@@ -112,6 +112,7 @@ def test_sample(evaluated: Run, tmp_path: Path) -> None:
         (("--out", str(tmp_path / "x"), "--checkpoint", "0000000001-000001"), "no checkpoint"),
         (("--out", str(tmp_path / "x"), "--ema", "slow"), "holds no weights 'slow'; known: raw, main"),
         (("--out", str(tmp_path / "x"), "--steps", "5000"), "--steps 5000: the model has 1000 timesteps"),
+        (("--out", str(tmp_path / "x"), "--sampler", "dim"), "--sampler dim: unknown; known: ddim, ance"),
     ):
         with pytest.raises(UserError, match=message):
             ddpm("sample", evaluated.url, *arguments)

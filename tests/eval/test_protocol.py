@@ -7,6 +7,7 @@ from eval.evaluate import make_protocol
 from eval.features import EFFNETLITE0
 from eval.protocol import ImageShape, PictureSet, Protocol
 from tests.support import tiny_recipe
+from trainer.recipe_sections import SamplerName
 
 OTHER: dict[str, Any] = {
     "spec": "other",
@@ -14,7 +15,7 @@ OTHER: dict[str, Any] = {
     "reference": PictureSet(index_sha256="1" * 64, split="train"),
     "held_out": PictureSet(index_sha256="0" * 64, split="train"),
     "samples": 9,
-    "sampler": "ancestral",
+    "sampler": SamplerName.ANCESTRAL,
     "steps": 3,
     "eta": 0.5,
     "ema": "raw",
@@ -55,7 +56,7 @@ def test_the_hash_is_a_format() -> None:
         reference=PictureSet(index_sha256="0" * 64, split="train"),
         held_out=PictureSet(index_sha256="0" * 64, split="val"),
         samples=8,
-        sampler="ddim",
+        sampler=SamplerName.DDIM,
         steps=2,
         eta=0.0,
         ema="main",
@@ -73,7 +74,10 @@ def test_bad_specifications() -> None:
     recipe = tiny_recipe()
     with pytest.raises(UserError, match=r"evaluation\.slow: no such specification; known: quick"):
         make_protocol(recipe, "slow", "0" * 64)
-    with pytest.raises(UserError, match=r"evaluation\.quick\.steps=5000 exceeds .*=1000; lower it"):
+    with pytest.raises(UserError, match=r"evaluation\.quick\.steps=5000: .*=1000 ddim can take 1000; lower"):
         make_protocol(tiny_recipe(["evaluation.quick.steps=5000"]), "quick", "0" * 64)
+    solver = ["evaluation.quick.steps=1000", "evaluation.quick.sampler=unipc"]
+    with pytest.raises(UserError, match=r"evaluation\.quick\.steps=1000: .* unipc can take 999; lower it"):
+        make_protocol(tiny_recipe(solver), "quick", "0" * 64)
     with pytest.raises(UserError, match="never downloaded silently"):
         make_protocol(tiny_recipe(["evaluation.quick.features=inception"]), "quick", "0" * 64)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,12 @@ from eval.team import Stopped
 from tests.support import make_run
 from trainer.diffusion.samplers import ddim, final
 from trainer.randomness import Purpose, normal
+from trainer.recipe_sections import SamplerName
 from trainer.run import Run
 from trainer.weights import Loaded, load_for_inference
 
 CPU = torch.device("cpu")
-DDIM = SamplerSettings("ddim", steps=3, eta=0.5, seed=7, chunk=4)
+DDIM = SamplerSettings(SamplerName.DDIM, steps=3, eta=0.5, seed=7, chunk=4)
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +23,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return load_for_inference(run, run.checkpoints()[0], ema="main", device=CPU)
 
 
-@pytest.mark.parametrize("settings", [DDIM, SamplerSettings("ancestral", steps=3, eta=0.0, seed=7, chunk=4)])
-def test_a_picture_depends_on_its_number_alone(loaded: Loaded, settings: SamplerSettings) -> None:
+@pytest.mark.parametrize("sampler", list(SamplerName))
+def test_a_picture_depends_on_its_number_alone(loaded: Loaded, sampler: SamplerName) -> None:
+    settings = replace(DDIM, sampler=sampler)
     whole = sample_images(loaded, ids=range(10), settings=settings, device=CPU)
     assert whole.images.shape == (10, 8, 8, 1)
     assert whole.finite.all()
@@ -34,9 +38,9 @@ def test_a_picture_depends_on_its_number_alone(loaded: Loaded, settings: Sampler
 def test_seed_and_sampler_matter(loaded: Loaded) -> None:
     first = sample_chunk(loaded, 0, DDIM, CPU).images
     for other in (
-        SamplerSettings("ddim", 3, 0.5, seed=8, chunk=4),
-        SamplerSettings("ddim", 3, 0.0, seed=7, chunk=4),
-        SamplerSettings("ancestral", 3, 0.0, seed=7, chunk=4),
+        SamplerSettings(SamplerName.DDIM, 3, 0.5, seed=8, chunk=4),
+        SamplerSettings(SamplerName.DDIM, 3, 0.0, seed=7, chunk=4),
+        *(SamplerSettings(name, 3, 0.0, seed=7, chunk=4) for name in SamplerName if name != DDIM.sampler),
     ):
         assert not np.array_equal(sample_chunk(loaded, 0, other, CPU).images, first)
 

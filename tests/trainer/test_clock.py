@@ -1,9 +1,13 @@
 """The image clock against the paper's per-step arithmetic and closed forms."""
 
+import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
-from trainer.clock import ema_decay, is_due, learning_rate
-from trainer.recipe import EmaProfile, load_recipe
+from trainer.clock import adam_epsilon, ema_decay, is_due, learning_rate
+from trainer.recipe import load_recipe
+from trainer.recipe_sections import EmaProfile, EpsilonForm, OptimizerSection
 
 
 def test_warmup_is_the_papers_5000_steps_from_zero() -> None:
@@ -36,3 +40,38 @@ def test_due_events_fire_once_per_multiple(batch: int) -> None:
     fired = [end for end in ends if is_due(100, end - batch, end)]
     assert len(fired) == ends[-1] // 100
     assert all(end % 100 < batch for end in fired)
+
+
+Vector = NDArray[np.float64]
+
+
+def tensorflow_adam(
+    start: Vector, grads: list[Vector], rate: float, b1: float, b2: float, eps: float
+) -> Vector:
+    """The update rule in the notes of tf.train.AdamOptimizer, in float64."""
+    w, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    for t, g in enumerate(grads, start=1):
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        w -= rate * np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps)
+    return w
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-3])
+def test_adam_with_tensorflows_epsilon(eps: float) -> None:
+    rng = np.random.default_rng(0)
+    start, grads = rng.normal(size=7), [rng.normal(size=7) * 1e-3 for _ in range(20)]
+    section = OptimizerSection(
+        learning_rate=1e-2, warmup_images=0, eps=eps, epsilon_form=EpsilonForm.TENSORFLOW
+    )
+    w = torch.tensor(start, requires_grad=True)
+    adam = torch.optim.Adam([w], lr=section.learning_rate, betas=section.betas)
+    for updates, grad in enumerate(grads):
+        adam.param_groups[0]["eps"] = adam_epsilon(section, updates)
+        w.grad = torch.from_numpy(grad)
+        adam.step()
+    expected = tensorflow_adam(start, grads, 1e-2, 0.9, 0.999, eps)
+    assert w.detach().numpy() == pytest.approx(expected, abs=1e-9)
+    plain = section.model_copy(update={"epsilon_form": EpsilonForm.TORCH})
+    assert [adam_epsilon(plain, updates) for updates in (0, 10)] == [eps, eps]
+    assert adam_epsilon(section, 0) == pytest.approx(eps * 31.6, rel=1e-3)  # 32 times larger at first

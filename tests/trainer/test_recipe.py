@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data_pipeline.errors import UserError
-from trainer.recipe import Precision, differences, load_recipe, parse_recipe, recipe_names
+from trainer.recipe import differences, load_recipe, parse_recipe, recipe_names, recipe_text
+from trainer.recipe_sections import Precision
 from trainer.unet import UNet
 
 
@@ -19,6 +21,9 @@ def test_every_shipped_recipe_loads_and_round_trips() -> None:
         "lsun_bedroom",
         "lsun_bedroom_large",
         "lsun_cat",
+        "lsun_bedroom_code",
+        "lsun_cat_code",
+        "lsun_church_released",
     }
     for name in recipe_names():
         recipe = load_recipe(name)
@@ -44,6 +49,70 @@ def test_published_sizes_and_lengths(name: str, parameters: int, images: int, ba
     assert recipe.train.images == images
     assert recipe.batch.total == batch
     assert recipe.optimizer.warmup_images == 5000 * batch
+
+
+@pytest.mark.parametrize(
+    ("name", "twin", "difference"),
+    [
+        ("lsun_bedroom", "lsun_bedroom_code", "image.flip: False -> True"),
+        ("lsun_cat", "lsun_cat_code", "image.flip: True -> False"),
+    ],
+)
+def test_paper_and_code_are_twins_but_for_the_flips(name: str, twin: str, difference: str) -> None:
+    assert differences(load_recipe(name), load_recipe(twin)) == [difference]
+
+
+def test_church_as_released_is_longer() -> None:
+    paper, released = load_recipe("lsun_church"), load_recipe("lsun_church_released")
+    assert released.train.images == 4_432_000 * 64
+    assert released.sha256 == paper.sha256, "the same trajectory, only longer"
+
+
+def test_published_recipes_are_complete() -> None:
+    """Nothing of the paper is left to a default that could change."""
+    for name in ("cifar10", "celebahq256", "lsun_church", "lsun_bedroom", "lsun_bedroom_large", "lsun_cat"):
+        content = yaml.safe_load(recipe_text(name))
+        for section in ("image", "model", "diffusion", "loss", "batch", "optimizer", "ema", "train"):
+            assert section in content, f"{name}: {section}"
+        assert {"profile", "num_heads", "norm_groups", "dropout"} <= content["model"].keys()
+        assert set(content["diffusion"]) == set(type(load_recipe(name).diffusion).model_fields)
+        assert set(content["optimizer"]) == set(type(load_recipe(name).optimizer).model_fields)
+
+
+def test_a_recipe_may_extend_a_shipped_one(tmp_path: Path) -> None:
+    text = "extends: cifar10\nimage: {flip: false}\nema: {fast: {decay: 0.99, per_images: 128}}"
+    mine = parse_recipe(text, "mine.yaml")
+    assert mine.image.flip is False
+    assert mine.image.size == 32
+    assert set(mine.ema) == {"paper", "fast"}
+    for base in ("cifar", "[]", "mine.yaml"):
+        with pytest.raises(UserError, match=r"mine\.yaml: extends: .* no other shipped recipe: .*cifar10"):
+            parse_recipe(f"extends: {base}", "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["diffusion.variance=learned"], "learned"),
+        (["loss.kind=hybrid"], "hybrid"),
+        (["loss.kind=vb", "loss.weighting=p2"], "p2"),
+        (["diffusion.schedule=jsd"], "eps"),
+        (["loss.timesteps=loss-aware"], r"loss\.refresh_every_images"),
+        (["loss.refresh_every_images=64"], r"loss\.timesteps=loss-aware"),
+        (["model.num_heads=1", "model.head_channels=8"], "head"),
+        (["model.num_heads=3"], "3"),
+        (["model.block_size=5"], "block_size"),
+    ],
+)
+def test_what_cannot_go_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe("cifar10", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_learned_variances_double_the_output() -> None:
+    recipe = load_recipe("cifar10", ["diffusion.variance=learned-range", "loss.kind=hybrid"])
+    assert recipe.unet_config().out_channels == 6
 
 
 def test_overrides_are_typed() -> None:
