@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from launch.commands import checkpoints, data, doctor, recipe, sample
+from launch.commands import checkpoints, data, doctor, recipe, sample, weights
 from launch.commands import eval as evaluation
 from trainer.command import report_errors, train
 
@@ -19,6 +19,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
 app.command("train")(train)
 app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(weights.app, name="weights")
 app.add_typer(evaluation.app, name="eval")
 app.command("sample")(sample.sample)
 app.command("doctor")(doctor.doctor)

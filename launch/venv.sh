@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv of this checkout: `launch/venv.sh [train|quickstart|test]` (extras of setup.cfg).
+# Makes the virtual environment .venv of this checkout: `launch/venv.sh [EXTRA]`, train by default (extras of setup.cfg).
 # Checks first what pip cannot install, and prints how to get it. Running it again costs a second unless setup.cfg or the
 # environment's Python changed; an interrupted run is taken up by the next. PYTHON chooses the interpreter a new .venv is
 # made from (default: python3 if it is 3.11 or newer, else a newer one by name).
@@ -8,9 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra=${1:-train}
 case $extra in
-    train | quickstart | test) ;;
+    train | quickstart | test | benchmarks) ;;
     *)
-        echo "error: unknown extra '$extra'; choose train, quickstart or test" >&2
+        echo "error: unknown extra '$extra'; choose train, quickstart, test or benchmarks" >&2
         exit 2
         ;;
 esac

@@ -1,12 +1,10 @@
 """Training for real: two ranks under the deepspeed launcher, killed, resumed, stopped, in other layouts."""
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,20 +16,24 @@ from torch import Tensor
 from data_pipeline.build import build
 from data_pipeline.errors import UserError
 from data_pipeline.sources.digits import DigitsSource
-from tests.support import TINY, make_run
+from tests.support import TINY, make_run, start_training
 from trainer.checkpoint import read_part
+from trainer.recipe import load_recipe
 from trainer.run import Run
 from trainer.supervisor import Placement, supervise
 from trainer.weights import load_for_inference
+from trainer.weights.export import export_diffusers
+from trainer.weights.imports import ImportOptions, import_weights
 
-REPOSITORY = Path(__file__).parents[2]
-TRAIN = str(REPOSITORY / "launch" / "train.sh")
 BATCH = 32
 SETTINGS = (
     *TINY,
     f"batch.total={BATCH}",
     "optimizer.warmup_images=128",
     "model.dropout=0.1",
+    # The distribution of timesteps is part of what a resumed run must find again.
+    "loss.timesteps=loss-aware",
+    f"loss.refresh_every_images={3 * BATCH}",
     f"train.images={10 * BATCH}",
     f"checkpoint.every_images={4 * BATCH}",
     f"logging.every_images={BATCH}",
@@ -57,15 +59,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Run:
 def start(
     run: Run, shards: str, *, options: Sequence[str] = (), settings: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    environment = {**os.environ, "DDPM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [TRAIN, "quickstart", f"run={run.url}", f"data.url={shards}", *SETTINGS, *settings, *options],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_training(run, shards, [*SETTINGS, *settings, *options])
 
 
 def train(
@@ -129,6 +123,7 @@ def assert_bit_equal(run: Run, whole: Run, attempts: Sequence[int]) -> None:
     assert mine.keys() == theirs.keys()
     assert any(key.startswith("state/rank-0001") and "exp_avg_sq" in key for key in theirs)
     assert any(key.startswith("state/rank-0001") and "ema.main" in key for key in theirs)
+    assert any(key.startswith("state/timesteps") for key in theirs)
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     assert losses(run, attempts) == losses(whole, [1])
     assert len(losses(whole, [1])) == 10
@@ -220,6 +215,26 @@ def test_mistakes_are_named_before_anything_starts(
         supervise("quickstart", overrides, Placement(ranks=2))
     assert "\n" not in str(caught.value)
     assert run.newest_attempt() == 1
+
+
+def test_training_goes_on_from_imported_weights(tmp_path: Path, shards: str) -> None:
+    source = make_run(str(tmp_path / "source"), images_list=[64])
+    export_diffusers(source, tmp_path / "exported", checkpoint=None, ema="raw")
+    run = Run(str(tmp_path / "run"))
+    recipe = load_recipe("quickstart", SETTINGS)
+    imported = import_weights(str(tmp_path / "exported"), recipe, run, ImportOptions())
+    loaded = load_for_inference(run, imported.checkpoint, ema="main", device="cpu")
+    original = load_for_inference(source, source.checkpoints()[0], ema="raw", device="cpu")
+    theirs = original.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in loaded.model.state_dict().items())
+
+    code, log = train(run, shards, settings=[f"train.images={2 * BATCH}"])
+    assert code == 0, log
+    assert [attempt.parent for attempt in run.attempts()] == [None, imported.checkpoint]
+    trained = load_for_inference(run, run.live_checkpoints()[-1], ema="raw", device="cpu").model.state_dict()
+    assert any(not torch.equal(value, theirs[name]) for name, value in trained.items())
+    change = max(float((value - theirs[name]).abs().max()) for name, value in trained.items())
+    assert change < 0.01, "two small updates of the imported weights, and no others"
 
 
 def test_a_mistake_ends_in_one_line_and_exit_2(shards: str, tmp_path: Path) -> None:

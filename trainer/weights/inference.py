@@ -39,10 +39,25 @@ def load_for_inference(run: Run, name: str, *, ema: str, device: torch.device | 
         DamagedCheckpointError: The weights fail their hash.
     """
     recipe, manifest = run.recipe(), run.manifest(name)
-    weights = read_part(run, manifest, _entry(run, manifest, ema))
+    weights = read_weights(run, manifest, ema)
     model = UNet(recipe.unet_config())
     model.load_state_dict(weights, strict=True)
     return Loaded(recipe, manifest, model.to(device).eval(), recipe.build_diffusion())
+
+
+def read_weights(run: Run, manifest: Manifest, ema: str) -> dict[str, Tensor]:
+    """Read a checkpoint's whole float32 tensors by parameter, verified.
+
+    Args:
+        run: The run.
+        manifest: The checkpoint's.
+        ema: Name of an EMA profile, or "raw" for the weights themselves.
+
+    Raises:
+        UserError: The checkpoint holds no such EMA profile.
+        DamagedCheckpointError: The weights fail their hash.
+    """
+    return read_part(run, manifest, _entry(run, manifest, ema))
 
 
 def _entry(run: Run, manifest: Manifest, ema: str) -> FileEntry:

@@ -1,0 +1,196 @@
+"""A checkpoint becomes a folder that diffusers' `DDPMPipeline.from_pretrained` samples from."""
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from data_pipeline.documents import Document, sha256_hex
+from data_pipeline.errors import UserError
+from trainer.manifest import is_checkpoint_name
+from trainer.recipe import Recipe
+from trainer.run import Run
+from trainer.weights.formats import diffusers
+from trainer.weights.formats.diffusers import unet_json
+from trainer.weights.formats.diffusers_scheduler import scheduler_json
+from trainer.weights.inference import read_weights
+from trainer.weights.names import Network, correspondences, to_theirs
+
+_WRITTEN_FOR: Final = "0.35.0"
+"""The oldest release of diffusers that the folder was made for."""
+_INDEX: Final = "model_index.json"
+"""Written last: a folder without it is an unfinished export."""
+
+
+class ExportedFile(BaseModel):
+    """One file of an export."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Exported(Document):
+    """What an export made, and of what.
+
+    Attributes:
+        folder: Where it lies.
+        format: For whom.
+        checkpoint: Name of the checkpoint.
+        manifest_sha256: Hash of its manifest: the checkpoint's identity.
+        images: Training images it has seen.
+        ema: Weights used.
+        files: Files written, in the order written.
+    """
+
+    SCHEMA: ClassVar[str] = "weights-export/1"
+
+    folder: str
+    format: str
+    checkpoint: str
+    manifest_sha256: str
+    images: int
+    ema: str
+    files: list[ExportedFile]
+
+
+def split_place(place: str) -> tuple[str, str | None]:
+    """Split RUN/checkpoints/NAME into the run and the checkpoint's name; a run alone has no name."""
+    parent, _, name = place.rstrip("/").rpartition("/")
+    run, _, folder = parent.rpartition("/")
+    return (run, name) if run and folder == "checkpoints" and is_checkpoint_name(name) else (place, None)
+
+
+def default_ema(recipe: Recipe) -> str:
+    """The weights that the recipe's first evaluation uses, else its first EMA profile, else "raw"."""
+    spec = next(iter(recipe.evaluation.values()), None)
+    return spec.ema if spec else next(iter(recipe.ema), "raw")
+
+
+def export_diffusers(
+    run: Run, folder: Path, *, checkpoint: str | None = None, ema: str | None = None
+) -> Exported:
+    """Write a checkpoint as a diffusers folder.
+
+    Args:
+        run: The run.
+        folder: Where to; it must not exist or be empty.
+        checkpoint: Name of the checkpoint; None for the newest live one.
+        ema: EMA profile, or "raw"; None as `default_ema`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: No such run, checkpoint or weights; or diffusers cannot express the network or the process
+            (the recipe's key is named); or the folder is not empty or cannot be written.
+        CheckpointGoneError: Retention removed the checkpoint.
+        DamagedCheckpointError: The weights fail their hash.
+    """
+    recipe = run.recipe()
+    ema = ema or default_ema(recipe)
+    config = recipe.unet_config()
+    unet, scheduler = unet_json(config), scheduler_json(recipe)
+    table = correspondences(diffusers.NAMING, Network.of(config))
+    name = run.select(checkpoint)
+    _claim(folder)
+    with run.pin(name, f"{socket.gethostname()}-{os.getpid()}") as pin:
+        weights = to_theirs(table, read_weights(run, pin.manifest, ema))
+        manifest_sha256, images = run.manifest_sha256(name), pin.manifest.images
+    version = {"_diffusers_version": _WRITTEN_FOR}
+    contents = {
+        "unet/diffusion_pytorch_model.safetensors": _safetensors(weights),
+        "unet/config.json": _json({"_class_name": "UNet2DModel", **version, **unet.model_dump(mode="json")}),
+        "scheduler/scheduler_config.json": _json(
+            {"_class_name": "DDPMScheduler", **version, **scheduler.model_dump(mode="json")}
+        ),
+        "README.md": _card(recipe, name, manifest_sha256, images, ema).encode(),
+        _INDEX: _json(
+            {
+                "_class_name": "DDPMPipeline",
+                **version,
+                "scheduler": ["diffusers", "DDPMScheduler"],
+                "unet": ["diffusers", "UNet2DModel"],
+            }
+        ),
+    }
+    return Exported(
+        folder=str(folder),
+        format="diffusers",
+        checkpoint=name,
+        manifest_sha256=manifest_sha256,
+        images=images,
+        ema=ema,
+        files=[_write(folder, path, data) for path, data in contents.items()],
+    )
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, or see that it is empty.
+
+    Raises:
+        UserError: It is not, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"{folder}: no folder can be made there ({error.strerror}); choose another"
+        ) from error
+    if held:
+        unfinished = "" if _INDEX in held else f" (without {_INDEX}, so no finished export)"
+        raise UserError(f"{folder}: holds {held[0]} already{unfinished}; choose an empty folder or a new one")
+
+
+def _write(folder: Path, path: str, data: bytes) -> ExportedFile:
+    try:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(data)
+    except OSError as error:
+        raise UserError(
+            f"{folder / path}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    return ExportedFile(path=path, bytes=len(data), sha256=sha256_hex(data))
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    # The metadata names the framework that wrote the tensors; readers of these folders ask for it.
+    return safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _card(recipe: Recipe, checkpoint: str, manifest_sha256: str, images: int, ema: str) -> str:
+    size, steps = recipe.image.size, recipe.diffusion.num_timesteps
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- ddpm
+---
+
+# DDPM, {size}x{size} pixels
+
+Trained by ddpm-foundry: checkpoint `{checkpoint}` ({images} training images, weights `{ema}`),
+manifest SHA-256 `{manifest_sha256}`.
+
+```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("path/to/this/folder")
+pictures = pipeline(batch_size=16, num_inference_steps={steps}).images
+```
+
+A number of steps that divides {steps} is faster; the weights are float32.
+"""

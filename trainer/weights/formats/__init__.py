@@ -1,0 +1,1 @@
+"""One module per format of other code bases: its names as data, and what only it needs."""
