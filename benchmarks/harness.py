@@ -1,0 +1,261 @@
+"""Timing of contenders that take turns in one process, with what else the machine was doing meanwhile."""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict
+
+OURS = "ours"
+"""The contender that every other one is compared with."""
+MIN_REPEATS = 5
+"""Fewer samples than these decide no bar."""
+BUSY_SHARE = 0.05
+"""The machine counts as busy if others used more than this share of its processor time."""
+
+
+class Precision(StrEnum):
+    """Precision of the network's arithmetic."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Mode(StrEnum):
+    """How the network runs."""
+
+    EAGER = "eager"
+    COMPILED = "compiled"  # torch.compile of the whole network
+    BLOCKS = "blocks"  # torch.compile of each block: `trainer.unet.compile_blocks`, so only ours
+
+
+class Layout(StrEnum):
+    """Order in memory of the weights and of the images given."""
+
+    CONTIGUOUS = "contiguous"
+    CHANNELS_LAST = "channels_last"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """PyTorch's name for it."""
+        return torch.contiguous_format if self is Layout.CONTIGUOUS else torch.channels_last
+
+
+class Record(BaseModel):
+    """Base of everything that is written to the JSON file."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Label(Record):
+    """Which contender, and how it runs.
+
+    Attributes:
+        contender: `OURS` or the peer's name.
+        precision: Precision of the network's arithmetic.
+        mode: How the network runs.
+        layout: Order in memory of its weights and of the images it is given.
+        batch: Images per call.
+    """
+
+    contender: str
+    precision: Precision
+    mode: Mode
+    layout: Layout = Layout.CONTIGUOUS
+    batch: int
+
+    def __str__(self) -> str:
+        layout = "" if self.layout is Layout.CONTIGUOUS else f" {self.layout}"
+        return f"{self.contender} {self.precision} {self.mode}{layout} b{self.batch}"
+
+
+class Timing(Record):
+    """The raw samples of one contender.
+
+    Attributes:
+        label: Which one.
+        warm_up_seconds: Wall seconds of its untimed first calls, compilation included.
+        wall: Wall seconds of each timed call.
+        cpu: Processor seconds of this process, all threads, in each timed call.
+    """
+
+    label: Label
+    warm_up_seconds: float
+    wall: list[float]
+    cpu: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median wall seconds."""
+        return statistics.median(self.wall)
+
+    @property
+    def median_cpu(self) -> float:
+        """Median processor seconds."""
+        return statistics.median(self.cpu)
+
+    def row(self) -> tuple[str, ...]:
+        """The cells of `TIMING_HEADER`."""
+        spread = f"{min(self.wall):.3f}–{max(self.wall):.3f}"
+        return (
+            str(self.label),
+            f"{self.median:.3f}",
+            spread,
+            f"{self.median_cpu:.3f}",
+            f"{self.warm_up_seconds:.1f}",
+        )
+
+
+TIMING_HEADER = ("contender", "median s", "spread s", "CPU s", "warm-up s")
+"""Columns of `Timing.row`."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to be timed.
+
+    Attributes:
+        label: What it is called.
+        run: One call; all of its work is done when it returns.
+        accept: Looks at what the last untimed call returned and raises if it is not right.
+    """
+
+    label: Label
+    run: Callable[[], object]
+    accept: Callable[[object], None] = lambda answer: None
+
+    def warm_up(self) -> float:
+        """Make the untimed calls; return their wall seconds, compilation included."""
+        start = time.perf_counter()
+        answer = self.run()
+        if self.label.mode is not Mode.EAGER:
+            answer = self.run()  # the first one compiled
+        seconds = time.perf_counter() - start
+        self.accept(answer)
+        return seconds
+
+
+class Load(Record):
+    """What else the machine did during the timed calls.
+
+    Attributes:
+        before: Load average over one minute at the start.
+        after: The same at the end.
+        others: Processors that other processes (and the hypervisor) used on average.
+        processors: Processors there are.
+    """
+
+    before: float
+    after: float
+    others: float
+    processors: int
+
+    @property
+    def busy(self) -> bool:
+        """Whether the samples are to be read with suspicion."""
+        return self.others > BUSY_SHARE * self.processors
+
+    def note(self) -> str:
+        """One line for the reader."""
+        verdict = "the machine was BUSY" if self.busy else "the machine was idle but for this"
+        return (
+            f"{verdict}: others used {self.others:.2f} of {self.processors} processors; "
+            f"load average {self.before:.2f} before, {self.after:.2f} after"
+        )
+
+
+class LoadMeter:
+    """Watches the machine between its construction and `read`."""
+
+    def __init__(self) -> None:
+        self._before = os.getloadavg()[0]
+        self._wall, self._own, self._all = time.perf_counter(), time.process_time(), _busy_seconds()
+
+    def read(self) -> Load:
+        """Return the load since the construction."""
+        wall = time.perf_counter() - self._wall
+        others = _busy_seconds() - self._all - (time.process_time() - self._own)
+        return Load(
+            before=self._before,
+            after=os.getloadavg()[0],
+            others=max(0.0, others / wall),
+            processors=os.cpu_count() or 1,
+        )
+
+
+def _busy_seconds() -> float:
+    """Processor seconds that anyone used, the hypervisor's other guests included."""
+    times = psutil.cpu_times()
+    # Guests' time is contained in the user's.
+    idle = {"idle", "iowait", "guest", "guest_nice"}
+    return float(sum(value for name, value in times._asdict().items() if name not in idle))
+
+
+class Measurement(Record):
+    """The outcome of `interleave`.
+
+    Attributes:
+        timings: One per contender, in the order given.
+        load: The machine during the timed calls.
+    """
+
+    timings: list[Timing]
+    load: Load
+
+
+def interleave(
+    contenders: Sequence[Contender], repeats: int, say: Callable[[str], None] = print
+) -> Measurement:
+    """Time the contenders in turns, so that a drift of the machine meets all of them.
+
+    Each round calls every contender once and starts one place further on, so that none always follows the
+    same other one. The garbage collector rests during a call.
+
+    Args:
+        contenders: Whom to time.
+        repeats: Rounds, at least 1.
+        say: Told of the progress.
+
+    Raises:
+        ValueError: If repeats is less than 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    warm_ups = []
+    for contender in contenders:
+        warm_ups.append(contender.warm_up())
+        say(f"warmed up {contender.label} in {warm_ups[-1]:.1f} s")
+    wall: list[list[float]] = [[] for _ in contenders]
+    cpu: list[list[float]] = [[] for _ in contenders]
+    meter = LoadMeter()
+    for turn in range(repeats):
+        for place in range(len(contenders)):
+            chosen = (place + turn) % len(contenders)
+            seconds, processor = _time(contenders[chosen].run)
+            wall[chosen].append(seconds)
+            cpu[chosen].append(processor)
+        say(f"round {turn + 1} of {repeats}")
+    load = meter.read()
+    timings = [
+        Timing(label=contender.label, warm_up_seconds=warm, wall=walls, cpu=cpus)
+        for contender, warm, walls, cpus in zip(contenders, warm_ups, wall, cpu, strict=True)
+    ]
+    return Measurement(timings=timings, load=load)
+
+
+def _time(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall and processor seconds of one call."""
+    gc.collect()
+    gc.disable()
+    try:
+        processor, wall = time.process_time(), time.perf_counter()
+        run()
+        return time.perf_counter() - wall, time.process_time() - processor
+    finally:
+        gc.enable()
