@@ -181,7 +181,7 @@ class Trainer:
                 weights = torch.zeros_like(weights)
             self.engine.backward((weights * losses).sum() / recipe.batch.total)
             if len(chunk) > 0:
-                seen.append((losses.detach(), t))
+                seen.append((losses.detach(), t, weights))
             if number < self.micro_steps:
                 self.engine.micro_step_done()
         outcome = self.engine.update(
@@ -195,8 +195,8 @@ class Trainer:
             return
         state.budget.applied()
         self.window.grad_norm = outcome.grad_norm
-        for step_losses, step_t in seen:
-            self.window.add(step_losses, step_t)
+        for step_losses, step_t, weights in seen:
+            self.window.add(step_losses, step_t, weights)
             self.timesteps.observe(step_t, step_losses)
         self.ema.update(state.images, recipe.batch.total)
         self.timesteps.after_update(state.images, state.images + recipe.batch.total, self.ranks)
@@ -343,27 +343,26 @@ class LogWindow:
     def reset(self, wait_seconds: float) -> None:
         """Begin a new interval; `wait_seconds` is the stream's total so far."""
         self._sums = torch.zeros(self.QUARTILES, dtype=torch.float64, device=self._device)
-        self._counts = torch.zeros(self.QUARTILES, dtype=torch.float64, device=self._device)
+        self._weights = torch.zeros(self.QUARTILES, dtype=torch.float64, device=self._device)
+        self._images = 0
         self._began, self._waited = time.monotonic(), wait_seconds
 
-    def add(self, losses: Tensor, t: Tensor) -> None:
-        """Add the losses float32 [b] of samples with timesteps int64 [b]."""
+    def add(self, losses: Tensor, t: Tensor, weights: Tensor) -> None:
+        """Add the losses float32 [b] of samples, their timesteps int64 [b] and weights float32 [b]."""
         quartile = t * self.QUARTILES // self._num_timesteps
-        self._sums.index_add_(0, quartile, losses.double())
-        self._counts.index_add_(0, quartile, torch.ones_like(losses, dtype=torch.float64))
+        self._sums.index_add_(0, quartile, losses.double() * weights.double())
+        self._weights.index_add_(0, quartile, weights.double())
+        self._images += len(losses)
 
     def totals(self, wait_seconds: float) -> Tensor:
-        """Return what is to be summed over ranks: quartile sums and counts, seconds and seconds waited."""
-        times = torch.tensor(
-            [time.monotonic() - self._began, wait_seconds - self._waited], dtype=torch.float64
-        )
-        return torch.cat([self._sums.cpu(), self._counts.cpu(), times])
+        """Return what is to be summed over ranks: quartile sums and weights, images, seconds, waiting."""
+        rest = [self._images, time.monotonic() - self._began, wait_seconds - self._waited]
+        return torch.cat([self._sums.cpu(), self._weights.cpu(), torch.tensor(rest, dtype=torch.float64)])
 
     def row(self, totals: Tensor, world: int) -> dict[str, float]:
         """Turn the totals over `world` ranks into named metrics."""
-        sums, counts = totals[: self.QUARTILES], totals[self.QUARTILES : 2 * self.QUARTILES]
-        seconds, waited = totals[-2:].tolist()
-        images = float(counts.sum())
+        sums, weights = totals[: self.QUARTILES], totals[self.QUARTILES : 2 * self.QUARTILES]
+        images, seconds, waited = totals[-3:].tolist()
         row = {
             "loss": float(sums.sum()) / max(images, 1.0),
             "grad_norm": self.grad_norm,
@@ -371,8 +370,8 @@ class LogWindow:
             "data_wait_share": waited / max(seconds, 1e-9),
         }
         for index in range(self.QUARTILES):
-            if counts[index] > 0:
-                row[f"loss_q{index}"] = float(sums[index] / counts[index])
+            if weights[index] > 0:
+                row[f"loss_q{index}"] = float(sums[index] / weights[index])
         return row
 
 

@@ -187,7 +187,7 @@ class EmaProfile(Section):
 class TrainSection(Section):
     """How long to train."""
 
-    images: int = Field(ge=1)
+    images: int = Field(ge=1, lt=10**10)
     """Training ends when this many images have been applied."""
     max_minutes: float | None = Field(None, gt=0)
     """Wall-clock budget of the training loop of one attempt; reaching it also counts as finished."""
@@ -233,7 +233,7 @@ class EvaluationSpec(Section):
     features: Literal["effnetlite0", "inception"] = "effnetlite0"
     chunk: int = Field(64, ge=1)
     """Images generated together; part of the protocol because it fixes every rounding."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     reference_split: str = "train"
     held_out_split: str = "val"
 

@@ -22,7 +22,8 @@ def sample(
         typer.Option(help="ddim, ancestral, dpm-solver++, unipc. Default: the first evaluation spec's."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed: picture i depends on (checkpoint, seed, i) alone.")
+        int,
+        typer.Option(min=0, max=2**63 - 1, help="Seed: picture i depends on (checkpoint, seed, i) alone."),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print samples.json instead of a line.")] = False,
 ) -> None:

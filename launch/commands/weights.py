@@ -72,7 +72,11 @@ def import_(
     ] = None,
     images: Annotated[
         int,
-        typer.Option(min=0, help="Training images the weights count as having seen: where the clock starts."),
+        typer.Option(
+            min=0,
+            max=10**10 - 1,
+            help="Training images the weights count as having seen: where the clock starts.",
+        ),
     ] = 0,
     new_attention_order: Annotated[
         bool,

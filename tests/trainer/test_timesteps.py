@@ -161,7 +161,7 @@ def test_known_sums_and_table() -> None:
     seen = LossHistogram(4)
     seen.add(torch.tensor([0, 0, 1, 3]), torch.tensor([1.0, 2.0, 0.5, 0.25]))
     assert seen.counts.tolist() == [2 << 20, 1 << 20, 0, 1 << 20]
-    assert seen.squares.tolist() == [5 << 40, 1 << 38, 0, 1 << 36]
+    assert seen.squares.tolist() == [5 << 32, 1 << 30, 0, 1 << 28]
     assert seen.proposal(0.5).cumulative.tolist() == [1629299344, 2511626459, 3585368283, 4294967296]
 
 
@@ -170,7 +170,7 @@ def test_strange_losses() -> None:
     strange = torch.tensor([math.nan, math.inf, -math.inf, 1e30, 32.0, 1e-7])
     seen.add(torch.tensor([0, 0, 0, 1, 1, 2]), strange)
     assert seen.counts.tolist() == [0, 2 << 20, 1 << 20]
-    assert seen.squares.tolist() == [0, 2 * 1024 << 40, 0]
+    assert seen.squares.tolist() == [0, 2 * 1024 << 32, 0]
     p = torch.diff(seen.proposal(0.001).cumulative, prepend=torch.zeros(1, dtype=torch.int64)) / WORDS
     assert p.tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 3000], rel=1e-2)
     for losses in (None, torch.zeros(3)):  # nothing seen, nothing lost: both leave it uniform
@@ -206,6 +206,16 @@ def test_saved_and_loaded() -> None:
     seen.reset()
     assert not seen.counts.any()
     assert not seen.squares.any()
+
+
+def test_sums_stop_growing_before_they_overflow() -> None:
+    seen, more = LossHistogram(2), LossHistogram(2)
+    for histogram in (seen, more):
+        histogram.counts[:] = 2**40
+        histogram.squares[:] = torch.tensor([2**62, 2**52])
+    seen.add_counts(more.tensors())
+    assert seen.squares.tolist() == [2**63 - 1, 2**53]
+    assert float(seen.proposal().weights(torch.tensor([0]))) < 1
 
 
 def test_bad_input() -> None:

@@ -105,7 +105,20 @@ def test_rounding_is_no_worse_than_torchs(inside: int, outside: int, size: int) 
         assert mine < max(2 * theirs, 1e-6)
 
 
-def test_network_is_as_near_the_truth_as_diffusers() -> None:
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
+    """Will hold the operands of all calls from now on."""
+    calls: list[tuple[Tensor, ...]] = []
+
+    def call(*args: Tensor) -> Tensor:
+        calls.append(args)
+        found: Tensor = conv3x3(*args)
+        return found
+
+    monkeypatch.setattr(winograd, "conv3x3", call)
+    return calls
+
+
+def test_network_is_as_near_the_truth_as_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = UNetConfig(
         16, base_channels=128, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(8,)
     )
@@ -113,13 +126,11 @@ def test_network_is_as_near_the_truth_as_diffusers() -> None:
     randomise(model)
     theirs = diffusers_twin(model, **PAPER_KNOBS)
     x, t = inputs(config)
-    used = []
-    real = winograd.conv3x3
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "conv3x3", lambda *args: used.append(0) or real(*args))
+    calls = counted(monkeypatch)
+    with torch.no_grad():
         mine, other = model(x, t), theirs(x, t).sample
         truth = model.double()(x.double(), t)
-    assert len(used) == 2 * 8 + 1  # all blocks and the upsampling
+    assert len(calls) == 2 * 8 + 1  # all blocks and the upsampling
     assert rms(mine - truth) < 1.1 * rms(other - truth) < 1e-5
 
 
@@ -144,8 +155,8 @@ def test_where_it_is_used() -> None:
 def test_layer_uses_it_where_it_suits(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     conv = Conv2d(128, 128, 3, CONVENTIONS[profile])
     x = operands(height=12)[0]
-    calls = []
-    monkeypatch.setattr(winograd, "conv3x3", lambda *args: calls.append(args) or conv3x3(*args))
+    calls = counted(monkeypatch)
+    assert conv.bias is not None
     torch.testing.assert_close(conv(x), direct(x, conv.weight, conv.bias), atol=1e-5, rtol=1e-5)
     assert len(calls) == 1
     conv.stride = (2, 2)

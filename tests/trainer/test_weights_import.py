@@ -79,7 +79,11 @@ def test_tensorflow_with_averages(tmp_path: Path) -> None:
     everything |= {f"model/{name}/Adam_1": torch.zeros_like(tensor) for name, tensor in variables.items()}
     everything |= {"global_step": torch.tensor(790000), "beta1_power": torch.tensor(0.0)}
     as_npz(str(tmp_path / "model.npz"), everything)
-    facts = bring(tmp_path / "model.npz", tmp_path / "run")
+    # At 0 images the first update would copy the weights over the averages.
+    with pytest.raises(UserError, match="say with --images how many they have seen"):
+        bring(tmp_path / "model.npz", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    facts = bring(tmp_path / "model.npz", tmp_path / "run", (), ImportOptions(images=101120000))
     assert (facts.format, facts.averages) == ("tensorflow", True)
     torch.testing.assert_close(imported_output(tmp_path / "run"), of_weights, atol=1e-5, rtol=0)
     run = Run(str(tmp_path / "run"))
@@ -217,7 +221,7 @@ def test_averages_beside_a_folder_of_diffusers(tmp_path: Path) -> None:
         averages.conv_in.weight.add_(0.1)
     weights.save_pretrained(tmp_path / "theirs" / "unet")
     averages.save_pretrained(tmp_path / "theirs" / "unet_ema")
-    facts = bring(tmp_path / "theirs", tmp_path / "run")
+    facts = bring(tmp_path / "theirs", tmp_path / "run", (), ImportOptions(images=64))
     assert facts.averages
     assert len(facts.files) == 2
     torch.testing.assert_close(imported_output(tmp_path / "run"), output(weights, PAPER), atol=1e-5, rtol=0)

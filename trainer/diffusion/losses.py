@@ -72,8 +72,8 @@ def check_loss(diffusion: GaussianDiffusion, config: LossConfig) -> None:
         config: The loss.
 
     Raises:
-        ValueError: If the loss leaves a learned variance without gradient, wants one where there is none,
-            or weights the bound.
+        ValueError: If the loss leaves a learned variance or the last timestep without gradient, wants a
+            learned variance where there is none, or weights the bound.
     """
     learned = diffusion.variance.is_learned
     if config.kind is LossKind.SIMPLE and learned:
@@ -89,6 +89,11 @@ def check_loss(diffusion: GaussianDiffusion, config: LossConfig) -> None:
         raise ValueError(
             f"loss = vb has its own weights, so weighting = {config.weighting} cannot go with it: use "
             "weighting = none, or loss = simple"
+        )
+    if config.weighting is not Weighting.NONE and diffusion.schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            f"weighting = {config.weighting} gives the last timestep no weight where the schedule ends in "
+            "pure noise (abar_T = 0), and sampling begins there: use weighting = none, or another schedule"
         )
 
 
@@ -171,7 +176,7 @@ def timestep_weights(diffusion: GaussianDiffusion, config: LossConfig) -> Table:
         config: The weighting.
 
     Returns:
-        float64 [T], at least 0; 0 only where nothing is left of the signal.
+        float64 [T], at least 0; 0 only where nothing is left of the signal (`check_loss` refuses that).
     """
     schedule = diffusion.schedule
     snr = schedule.snr

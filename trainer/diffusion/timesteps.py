@@ -159,8 +159,8 @@ class LossHistogram:
 
     Integer sums do not depend on the order of their terms, so neither on the order of samples nor on how
     they are spread over ranks. A loss above 32 counts as 32 (or one diverging sample would own the
-    distribution), one below 7e-7 as nothing, one that is not finite is passed over. A timestep has room for
-    8,192 losses of 32, or 8 million of 1, between two calls of `halve`.
+    distribution), one below 1e-5 as nothing, one that is not finite is passed over. A timestep has room for
+    2 million losses of 32, or 2 billion of 1; sums that would grow beyond that stay there.
 
     Args:
         num_timesteps: T.
@@ -168,11 +168,11 @@ class LossHistogram:
 
     Attributes:
         counts: int64 [T], samples seen, in units of 2^-20.
-        squares: int64 [T], sums of their squared losses, in units of 2^-40.
+        squares: int64 [T], sums of their squared losses, in units of 2^-32.
     """
 
     _COUNT_BITS: Final = 20
-    _SQUARE_BITS: Final = 40
+    _SQUARE_BITS: Final = 32
     _LARGEST: Final = 32.0
 
     def __init__(self, num_timesteps: int, device: torch.device | str = "cpu") -> None:
@@ -232,6 +232,8 @@ class LossHistogram:
                     f"{name} must be int64 {list(mine.shape)}, got {theirs.dtype} {list(theirs.shape)}"
                 )
             mine += theirs.to(mine.device)
+            # Two sums, neither negative, that overflow give a negative one.
+            mine.masked_fill_(mine < 0, torch.iinfo(torch.int64).max)
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -75,7 +75,7 @@ def _seen(tensors: Mapping[str, Tensor], naming: Naming, config: UNetConfig) -> 
     widths = [_shape(tensors, naming, f"down.{level}.blocks.0.conv1.weight", grid) for level in range(levels)]
     unit = config.block_size**2
     stem = shapes["stem.weight"]
-    if len(stem) == 4:
+    if len(stem) == 4 and stem[0] > 0:
         yield "image.channels", stem[1] // unit
         yield "model.base_channels", stem[0]
         if all(width and width[0] % stem[0] == 0 for width in widths):

@@ -91,11 +91,17 @@ def import_weights(place: str, recipe: Recipe, run: Run, options: ImportOptions)
 
     Raises:
         UserError: The weights cannot be opened safely, or are of another network or process than the recipe's
-            (key or first wrong tensor is named), or the run directory is in use.
+            (key or first wrong tensor is named), or come with averages and have seen no images, or the run
+            directory is in use.
     """
     if run.has_recipe() or run.newest_attempt():
         raise UserError(f"{run.url}: holds a run already; import into another directory")
     found = read_foreign(place, recipe, options.new_attention_order)
+    if found.has_averages and options.images == 0:
+        raise UserError(
+            f"{place}: holds averages beside the weights, and a run's first update, at 0 images, copies the "
+            "weights over them; say with --images how many they have seen, e.g. --images 102400000"
+        )
     config = recipe.unet_config()
     run.storage.prove_create_only()
     run.adopt_recipe(recipe)

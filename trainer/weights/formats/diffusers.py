@@ -193,7 +193,7 @@ def _remedy(key: str, theirs: UNetJson) -> str:
             return f"set image.channels={theirs.in_channels}"
         case "out_channels":
             return "set diffusion.variance: a learned one has twice the channels"
-        case "block_out_channels" if theirs.block_out_channels:
+        case "block_out_channels" if theirs.block_out_channels and theirs.block_out_channels[0] > 0:
             base = theirs.block_out_channels[0]
             multipliers = ",".join(f"{width / base:g}" for width in theirs.block_out_channels)
             return f"set model.base_channels={base} model.channel_multipliers=[{multipliers}]"

@@ -158,4 +158,7 @@ def _betas(theirs: SchedulerJson, where: str) -> Table:
         )
     kind = KINDS[theirs.beta_schedule]
     config = ScheduleConfig(kind, theirs.num_train_timesteps, theirs.beta_start, theirs.beta_end)
-    return from_config(config).betas
+    try:
+        return from_config(config).betas
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
