@@ -136,6 +136,18 @@ def test_activations_are_channels_last_and_parameters_contiguous(channels: int) 
         assert p.grad.is_contiguous(), name
 
 
+def test_bf16_autocast_stays_near() -> None:
+    model = UNet(TINY)
+    randomise(model)
+    x, t = inputs(TINY)
+    full = model(x, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(x, t)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0)
+    assert model.bfloat16()(x.bfloat16(), t).dtype == torch.bfloat16
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = UNet(replace(TINY, dropout=0.5))
     randomise(model)
