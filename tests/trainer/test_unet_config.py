@@ -40,6 +40,7 @@ from trainer.unet import CONVENTIONS, Profile
             {"num_heads": 3},
             "num_heads 3 does not divide a width of 16 channels that has attention: set num_heads",
         ),
+        ({"num_heads": 3, "attention_resolutions": ()}, "num_heads 3 does not divide a width of 16"),
         ({"head_channels": 6}, "head_channels 6 does not divide a width of 16 channels .*e.g. 2, or change"),
         (
             {
