@@ -19,7 +19,6 @@ TORCH_FLOOR = "convolutions"
 """Contender's name of the network's convolutions alone, by torch's kernels."""
 OUR_FLOOR = "our-convolutions"
 """The same by whatever kernels our network calls."""
-_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
 Work = Callable[["Convolution", Callable[["Convolution"], Tensor]], object]
 """(convolution, how it is computed) -> what is timed of it: `forward` or `forward_backward`."""
@@ -105,7 +104,7 @@ def floors(
         work: `forward` or `forward_backward`.
         calls: Of the network, in one call of the contender.
     """
-    model = our_network(config).to(_DTYPES[precision])
+    model = our_network(config).to(precision.dtype)
     kinds = [(TORCH_FLOOR, Convolution.by_torch, Layout.CHANNELS_LAST)]
     if precision is Precision.FP32:
         kinds.append((TORCH_FLOOR, Convolution.by_torch, Layout.CONTIGUOUS))

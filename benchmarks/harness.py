@@ -26,6 +26,11 @@ class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """PyTorch's name for it."""
+        return torch.float32 if self is Precision.FP32 else torch.bfloat16
+
 
 class Mode(StrEnum):
     """How the network runs."""

@@ -33,7 +33,6 @@ ATOL = {Precision.FP32: 1e-3, Precision.BF16: 0.1}
 """How far images in [-1, 1] may be from our float32 ones. In fp32 no pixel may be farther; in bf16 the mean
 is judged, because the network's weights are random: a rounding that moves an estimate across the bound of
 clipping may move single pixels far. The mean difference of unrelated images is above 0.5."""
-_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,6 @@ class Task:
     options: Options
     precision: Precision
     steps: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the network."""
-        return _DTYPES[self.precision]
 
     def noise(self) -> Tensor:
         """x_T, float32 [B, C, H, W]: what diffusers' pipeline draws from a generator of this seed."""
@@ -108,7 +102,7 @@ def denoiser(forward: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Tensor
 def our_contenders(task: Task, reference: Tensor) -> Iterator[Contender]:
     """Our sampler over our network in every mode asked for, and the convolutions alone."""
     options, precision = task.options, task.precision
-    network = our_network(options.config).to(task.dtype)
+    network = our_network(options.config).to(task.precision.dtype)
     for mode in options.modes_of(OURS, precision):
         match mode:
             case Mode.EAGER:
@@ -116,10 +110,10 @@ def our_contenders(task: Task, reference: Tensor) -> Iterator[Contender]:
             case Mode.COMPILED:
                 called = compiled(network, fullgraph=True)
             case Mode.BLOCKS:
-                blocks = our_network(options.config).to(task.dtype)  # compiled in place
+                blocks = our_network(options.config).to(task.precision.dtype)  # compiled in place
                 compile_blocks(blocks)
                 called = blocks
-        sample = partial(task.ours, called, task.dtype)
+        sample = partial(task.ours, called, task.precision.dtype)
         yield task.contender(OURS, mode, sample, reference, Layout.CONTIGUOUS)
     batch = Batch.draw(options.config, len(reference))
     yield from floors(options.config, batch, precision, forward, calls=task.steps)
@@ -128,13 +122,14 @@ def our_contenders(task: Task, reference: Tensor) -> Iterator[Contender]:
 def diffusers_contenders(task: Task, reference: Tensor) -> Iterator[Contender]:
     """Hugging Face's scheduler over its network, and its pipeline as shipped."""
     for layout in DIFFUSERS.layouts:
-        network = DIFFUSERS.network(task.options.config).to(task.dtype).to(memory_format=layout.memory_format)
+        network = DIFFUSERS.network(task.options.config).to(task.precision.dtype)
+        network = network.to(memory_format=layout.memory_format)
         x_T = task.noise().contiguous(memory_format=layout.memory_format)
         for mode in task.options.modes_of(DIFFUSERS.name, task.precision):
             if mode is not Mode.EAGER and layout != DIFFUSERS.layouts[-1]:
                 continue
             forward = network if mode is Mode.EAGER else compiled(network, fullgraph=True)
-            sample = partial(ddim_loop, denoiser(forward, task.dtype), x_T, task.steps)
+            sample = partial(ddim_loop, denoiser(forward, task.precision.dtype), x_T, task.steps)
             yield task.contender(DIFFUSERS.name, mode, sample, reference, layout)
     if task.precision is Precision.FP32:
         yield _shipped(task, reference)

@@ -127,9 +127,8 @@ def draw(run: Run, out: Path, options: DrawOptions, device: torch.device) -> Sam
 
 def _spec(recipe: Recipe, options: DrawOptions) -> EvaluationSpec:
     """Return the recipe's first specification with the options over it."""
-    profile = next(iter(recipe.ema), "raw")
     steps = min(50, recipe.diffusion.num_timesteps)
-    plain = EvaluationSpec(samples=2, steps=steps, ema=profile, eta=0.0, chunk=64, seed=0)
+    plain = EvaluationSpec(samples=2, steps=steps, ema=recipe.default_ema, eta=0.0, chunk=64, seed=0)
     spec = next(iter(recipe.evaluation.values()), plain)
     if options.sampler is not None and options.sampler not in set(SamplerName):
         raise UserError(f"--sampler {options.sampler}: unknown; known: {', '.join(SamplerName)}")

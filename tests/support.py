@@ -1,10 +1,12 @@
 """Helpers shared by tests: small real runs without training."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +42,16 @@ def start_training(run: Run, shards: str, arguments: Sequence[str]) -> subproces
         text=True,
         start_new_session=True,
     )
+
+
+def metric_rows(run: Run, attempts: Sequence[int] = (1,)) -> list[dict[str, Any]]:
+    """All rows of metrics that the given attempts published, in order."""
+    return [
+        json.loads(line)
+        for attempt in attempts
+        for segment in run.storage.list(f"metrics/{attempt:06d}")
+        for line in run.storage.read(f"metrics/{attempt:06d}/{segment}").decode().splitlines()
+    ]
 
 
 def make_run(

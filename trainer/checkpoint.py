@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _READS: Final = 2
 """Independent reads before a part counts as damaged: one transfer may go wrong."""
 WEIGHTS_FILE: Final = "weights.safetensors"
+TIMESTEPS_FILE: Final = "state/timesteps.safetensors"
+"""The part that holds the distribution of loss-aware timesteps."""
 
 
 class DamagedCheckpointError(StorageFault):

@@ -9,7 +9,6 @@ import math
 import socket
 import time
 from dataclasses import dataclass, field
-from typing import Final
 
 import numpy as np
 import torch
@@ -39,9 +38,6 @@ from trainer.unet import UNet
 from trainer.weights import assemble
 
 log = logging.getLogger(__name__)
-
-TIMESTEPS_FILE: Final = "state/timesteps.safetensors"
-"""The part that holds the distribution of loss-aware timesteps."""
 
 
 @dataclass
@@ -111,7 +107,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, run: Run, ranks: Ranks, session: Session) -> None:
         self.recipe, self.run, self.ranks, self.session = recipe, run, ranks, session
         self.device = ranks.device
-        self.diffusion = recipe.build_diffusion()
+        self.diffusion, self.loss = recipe.build_diffusion(), recipe.loss.config()
         self.micro_steps = micro_steps(recipe, ranks.world)
         # The generator makes the initial weights equal on every rank.
         model = UNet(recipe.unet_config(), torch.Generator().manual_seed(recipe.seed))
@@ -222,7 +218,7 @@ class Trainer:
         noise = normal(recipe.seed, Purpose.NOISE, n, tuple(x0.shape[1:]))
         x_t = self.diffusion.q_sample(x0, t, noise).contiguous(memory_format=torch.channels_last)
         output = self.engine.forward(x_t, t)
-        losses = training_losses(self.diffusion, output, x0, x_t, t, noise, recipe.loss.config())
+        losses = training_losses(self.diffusion, output, x0, x_t, t, noise, self.loss)
         return losses, t, weights
 
     def log_metrics(self, progress: Progress) -> None:
@@ -250,7 +246,8 @@ class Trainer:
         timesteps = self.timesteps.tensors(self.ranks)
         if self.ranks.is_main:
             if timesteps:
-                entries.append(checkpoints.write_part(run, name, TIMESTEPS_FILE, timesteps, "timesteps"))
+                file = checkpoints.TIMESTEPS_FILE
+                entries.append(checkpoints.write_part(run, name, file, timesteps, "timesteps"))
             weights = dict(self.engine.module.named_parameters())
             entries.append(checkpoints.write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights"))
             for profile, tensors in averages.items():

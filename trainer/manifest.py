@@ -36,15 +36,19 @@ def is_checkpoint_name(name: str) -> bool:
     return _CHECKPOINT.fullmatch(name) is not None
 
 
-class FileEntry(BaseModel):
-    """One part of a checkpoint."""
+class FileRecord(BaseModel):
+    """A file and what identifies its content."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     path: str
-    """Relative to the checkpoint's folder."""
     bytes: int
     sha256: str
+
+
+class FileEntry(FileRecord):
+    """One part of a checkpoint; its path is relative to the checkpoint's folder."""
+
     role: Literal["weights", "ema", "state", "timesteps"]
     ema: str | None = None
     """Profile name of a part whose role is "ema"."""

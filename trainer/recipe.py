@@ -81,6 +81,12 @@ class Recipe(Section):
         self.unet_config()
         return self
 
+    @property
+    def default_ema(self) -> str:
+        """The weights that the first evaluation uses, else the first EMA profile, else "raw"."""
+        spec = next(iter(self.evaluation.values()), None)
+        return spec.ema if spec else next(iter(self.ema), "raw")
+
     def unet_config(self) -> UNetConfig:
         """Return the network's configuration.
 
@@ -90,7 +96,7 @@ class Recipe(Section):
         return UNetConfig(
             image_size=self.image.size,
             in_channels=self.image.channels,
-            out_channels=self.build_diffusion().output_channels(self.image.channels),
+            out_channels=self.diffusion.variance.output_channels(self.image.channels),
             **dict(self.model),
         )
 

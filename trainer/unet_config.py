@@ -193,8 +193,7 @@ class UNetConfig:
                 "is divided: give one of them"
             )
         name, number = self._division
-        attending = [width for level, width in enumerate(self.widths) if self.attends(level)]
-        for width in (*attending, self.widths[-1]):  # the middle always attends
+        for width in self.attention_widths:
             if width % number:
                 given = self.num_heads is not None or self.head_channels is not None
                 whose = "" if given else f", the default of {self.profile},"
@@ -233,6 +232,12 @@ class UNetConfig:
     def attends(self, level: int) -> bool:
         """Tells whether a level, counted from the finest, has attention."""
         return self.resolutions[level] in self.attention_resolutions
+
+    @property
+    def attention_widths(self) -> tuple[int, ...]:
+        """Channels of the levels with attention, finest first, and of the middle, which always has it."""
+        attending = (width for level, width in enumerate(self.widths) if self.attends(level))
+        return tuple(dict.fromkeys((*attending, self.widths[-1])))
 
     def heads(self, width: int) -> int:
         """Returns the number of attention heads at a width of so many channels."""

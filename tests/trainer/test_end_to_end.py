@@ -1,7 +1,5 @@
 """A small model really learns: the golden losses of the quick start, and the moments of a toy data set."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from data_pipeline.build import build
 from data_pipeline.sources.digits import DigitsSource
-from tests.support import start_training
+from tests.support import metric_rows, start_training
 from trainer.diffusion.losses import l_simple
 from trainer.diffusion.process import GaussianDiffusion, Variance
 from trainer.diffusion.samplers import ddim, final
@@ -38,12 +36,6 @@ def golden(name: str) -> list[float]:
     return [float(line) for line in (GOLDEN / name).read_text().split()]
 
 
-def rows(run: Run) -> Iterator[dict[str, float]]:
-    for segment in run.storage.list("metrics/000001"):
-        for line in run.storage.read(f"metrics/000001/{segment}").decode().splitlines():
-            yield json.loads(line)
-
-
 def test_golden_losses_of_the_quick_start(tmp_path: Path) -> None:
     """The first 50 steps as users run them; the file changes only together with its reason."""
     shards, run = str(tmp_path / "shards"), Run(str(tmp_path / "run"))
@@ -52,10 +44,11 @@ def test_golden_losses_of_the_quick_start(tmp_path: Path) -> None:
     process = start_training(run, shards, settings)
     log, _ = process.communicate(timeout=200)
     assert process.returncode == 0, log
-    losses = [row["loss"] for row in rows(run)]
+    rows = metric_rows(run)
+    losses = [row["loss"] for row in rows]
     assert losses == pytest.approx(golden("quickstart-50-losses.txt"), abs=1e-4)
     quartiles = {f"loss_q{index}" for index in range(4)}
-    assert all(quartiles <= row.keys() for row in rows(run))
+    assert all(quartiles <= row.keys() for row in rows)
 
 
 def blobs(n: Tensor) -> Tensor:

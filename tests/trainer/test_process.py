@@ -168,7 +168,7 @@ def test_learned_variances_mean_what_they_say() -> None:
         np.testing.assert_allclose(step.variance.numpy(), np.exp(expected), rtol=1e-12)
         fixed = GaussianDiffusion(s).p_mean_variance(x_t, x_t, TIMESTEPS)
         assert torch.equal(step.mean, fixed.mean)
-        assert (d.output_channels(3), GaussianDiffusion(s).output_channels(3)) == (6, 3)
+        assert (d.variance.output_channels(3), GaussianDiffusion(s).variance.output_channels(3)) == (6, 3)
 
 
 def test_mu_is_the_mean_and_clipping_leaves_it_alone() -> None:

@@ -1,6 +1,5 @@
 """Training for real: two ranks under the deepspeed launcher, killed, resumed, stopped, in other layouts."""
 
-import json
 import re
 import signal
 import socket
@@ -16,7 +15,7 @@ from torch import Tensor
 from data_pipeline.build import build
 from data_pipeline.errors import UserError
 from data_pipeline.sources.digits import DigitsSource
-from tests.support import TINY, make_run, start_training
+from tests.support import TINY, make_run, metric_rows, start_training
 from trainer.checkpoint import read_part
 from trainer.recipe import load_recipe
 from trainer.run import Run
@@ -107,14 +106,7 @@ def tensors(run: Run, name: str) -> dict[str, Tensor]:
 
 def losses(run: Run, attempts: Sequence[int]) -> dict[int, str]:
     """Loss by images, in hex, of the rows that the given attempts published."""
-    rows: dict[int, str] = {}
-    for attempt in attempts:
-        folder = f"metrics/{attempt:06d}"
-        for segment in run.storage.list(folder):
-            for line in run.storage.read(f"{folder}/{segment}").decode().splitlines():
-                row = json.loads(line)
-                rows[row["images"]] = float(row["loss"]).hex()
-    return rows
+    return {row["images"]: float(row["loss"]).hex() for row in metric_rows(run, attempts)}
 
 
 def assert_bit_equal(run: Run, whole: Run, attempts: Sequence[int]) -> None:

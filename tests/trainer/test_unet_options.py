@@ -12,18 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from tests.trainer.unet_support import SMALL, TINY, inputs, output, randomise
+from tests.trainer.unet_support import SMALL, TINY, inputs, output, random_unet, randomise
 from trainer.blocks import Attention, Downsample, Head, ResBlock, Upsample
 from trainer.layers import depth_to_space, space_to_depth
 from trainer.unet import Profile, UNet, UNetConfig, compile_blocks
 
 LABELS = torch.tensor([0, 1, 2, 3])
-
-
-def random_unet(config: UNetConfig) -> UNet:
-    model = UNet(config)
-    randomise(model)
-    return model.eval()
 
 
 @st.composite

@@ -18,7 +18,7 @@ from tests.trainer.unet_support import (
     openai_twin,
     openai_weights,
     output,
-    randomise,
+    random_unet,
 )
 from trainer import unet_config
 from trainer.layers import time_embedding
@@ -29,12 +29,6 @@ OPENAI = replace(SMALL, profile=Profile.OPENAI)
 WIDE = replace(SMALL, base_channels=64, attention_resolutions=(4, 8, 16))
 # What diffusers' constructor takes when nobody says otherwise, asked of the package itself.
 DIFFUSERS_DEFAULTS = {key: UNet2DModel().config[key] for key in PAPER_KNOBS}
-
-
-def random_unet(config: UNetConfig, dtype: torch.dtype = torch.float32) -> UNet:
-    model = UNet(config)
-    randomise(model)
-    return model.to(dtype).eval()
 
 
 class OurSinusoids(nn.Module):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from data_pipeline.documents import sha256_hex
 from data_pipeline.errors import UserError
-from tests.trainer.weights_support import inputs, random_run
+from tests.trainer.unet_support import inputs
+from tests.trainer.weights_support import random_run
 from trainer.diffusion.samplers import ancestral, evenly_spaced, final
 from trainer.run import Run
 from trainer.weights import load_for_inference

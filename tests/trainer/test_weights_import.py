@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from eval.sampling import SamplerSettings, sample_images
+from tests.trainer.unet_support import output
 from tests.trainer.weights_support import (
     OPENAI,
     PAPER,
@@ -21,7 +22,6 @@ from tests.trainer.weights_support import (
     diffusers_unet,
     openai_unet,
     other,
-    output,
     paper_recipe,
     paper_variables,
     random_run,
@@ -145,7 +145,7 @@ def test_openai_with_labels() -> None:
     theirs = openai_unet(config, num_heads=4, num_classes=10)
     ours = UNet(config).eval()
     ours.load_state_dict(take(theirs.state_dict(), openai.NAMING, Network.of(config), "model.pt"))
-    labels = torch.tensor([0, 9, 4])
+    labels = torch.tensor([0, 9, 4, 2])
     found = output(ours, config, labels)
     torch.testing.assert_close(found, output(theirs, config, labels), atol=2e-5, rtol=0)
     assert not torch.equal(found, output(ours, config, labels.flip(0)))

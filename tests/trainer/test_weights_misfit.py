@@ -122,8 +122,9 @@ def test_both_are_compared(tmp_path: Path) -> None:
     ],
 )
 def test_other_schedules_of_a_folder(options: dict[str, Any], overrides: tuple[str, ...]) -> None:
-    theirs = json.loads(DDPMScheduler(**options).to_json_string())
-    compare_scheduler(theirs, paper_recipe(("evaluation.quick.steps=2", *overrides)), "config")
+    theirs, recipe = DDPMScheduler(**options), paper_recipe(("evaluation.quick.steps=2", *overrides))
+    compare_scheduler(json.loads(theirs.to_json_string()), recipe, "config")
+    assert recipe.build_diffusion().schedule.betas == pytest.approx(theirs.betas.numpy(), rel=1e-5)
 
 
 def test_another_variance_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -41,7 +41,14 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.05, generator=generator)
+            gain = name.endswith("weight") and p.ndim == 1  # of a normalisation, whatever it is called
+            p.normal_(1.0 if gain else 0.0, 0.05, generator=generator)
+
+
+def random_unet(config: UNetConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> UNet:
+    model = UNet(config)
+    randomise(model, seed)
+    return model.to(dtype).eval()
 
 
 def inputs(config: UNetConfig, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -90,11 +97,10 @@ def diffusers_name(name: str, levels: int) -> str:
     return f"{theirs}.{kind}"
 
 
-def diffusers_twin(ours: UNet, **knobs: Any) -> UNet2DModel:
-    """Diffusers' network of the same shape and weights; `knobs` are its own options."""
-    config = ours.config
+def diffusers_network(config: UNetConfig, **knobs: Any) -> UNet2DModel:
+    """Diffusers' network of the same shape; `knobs` are its own options."""
     attends = [resolution in config.attention_resolutions for resolution in config.resolutions]
-    theirs = UNet2DModel(
+    return UNet2DModel(
         sample_size=config.image_size,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -104,7 +110,11 @@ def diffusers_twin(ours: UNet, **knobs: Any) -> UNet2DModel:
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         **{"norm_num_groups": config.norm_groups} | knobs,
     )
-    levels = len(config.widths)
+
+
+def diffusers_twin(ours: UNet, **knobs: Any) -> UNet2DModel:
+    """The same with our weights."""
+    theirs, levels = diffusers_network(ours.config, **knobs), len(ours.config.widths)
     theirs.load_state_dict(
         {diffusers_name(name, levels): p for name, p in ours.state_dict().items()}, strict=True
     )
@@ -169,10 +179,9 @@ def openai_weights(ours: UNet) -> dict[str, Tensor]:
     return theirs
 
 
-def openai_twin(ours: UNet, **options: Any) -> UNetModel:
-    """OpenAI's network of the same shape and weights."""
-    config = ours.config
-    theirs = UNetModel(
+def openai_network(config: UNetConfig, **options: Any) -> UNetModel:
+    """OpenAI's network of the same shape; `options` are its own."""
+    return UNetModel(
         image_size=config.image_size,
         in_channels=config.in_channels,
         model_channels=config.base_channels,
@@ -180,6 +189,15 @@ def openai_twin(ours: UNet, **options: Any) -> UNetModel:
         num_res_blocks=config.num_res_blocks,
         attention_resolutions=[config.image_size // height for height in config.attention_resolutions],
         channel_mult=config.channel_multipliers,
+        **options,
+    )
+
+
+def openai_twin(ours: UNet, **options: Any) -> UNetModel:
+    """The same with our weights, time and classes entering as in ours."""
+    config = ours.config
+    theirs = openai_network(
+        config,
         num_classes=None if config.num_classes is None else config.num_classes + 1,
         use_scale_shift_norm=config.scale_shift_norm,
         **options,

@@ -14,6 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support import publish_checkpoint
+from tests.trainer.unet_support import (
+    PAPER_KNOBS,
+    diffusers_network,
+    inputs,
+    openai_network,
+    randomise,
+)
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import Run
 from trainer.unet import UNet
@@ -28,37 +35,6 @@ PAPER = UNetConfig(
     attention_resolutions=(8,),
 )
 """Small, with the 32 groups of other code bases; one level is as wide as that before it, one is not."""
-
-
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights far from any special value: near-zero layers would hide what they multiply."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            gain = name.endswith("weight") and p.ndim == 1  # of a normalisation, whatever it is called
-            p.normal_(1.0 if gain else 0.0, 0.05, generator=generator)
-
-
-def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
-    model = UNet(config)
-    randomise(model, seed)
-    return model.eval()
-
-
-def inputs(config: UNetConfig) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, config.in_channels, config.image_size, config.image_size, generator=generator)
-    return x, torch.tensor([0, 500, 999])
-
-
-def output(model: nn.Module, config: UNetConfig, *labels: Tensor) -> Tensor:
-    x, t = inputs(config)
-    with torch.no_grad():
-        found = model(x, t, *labels)
-    found = getattr(found, "sample", found)
-    assert isinstance(found, Tensor)
-    assert float(found.abs().max()) > 0.3  # not a comparison of zeros
-    return found
 
 
 SMALL = (
@@ -211,46 +187,14 @@ def paper_variables(
 
 def openai_unet(config: UNetConfig, **options: Any) -> nn.Module:
     """OpenAI's network of the same shape, with random weights."""
-    from guided_diffusion.unet import UNetModel
-
-    top = config.resolutions[0]
-    model = UNetModel(
-        image_size=config.image_size,
-        in_channels=config.in_channels,
-        model_channels=config.base_channels,
-        out_channels=config.out_channels,
-        num_res_blocks=config.num_res_blocks,
-        attention_resolutions=tuple(top // size for size in config.attention_resolutions),
-        channel_mult=config.channel_multipliers,
-        **options,
-    )
+    model = openai_network(config, **options)
     randomise(model)
     return model.eval()
 
 
 def diffusers_unet(config: UNetConfig, **options: Any) -> nn.Module:
     """diffusers' network of the same shape, with random weights; unset options are the paper's."""
-    from diffusers import UNet2DModel
-
-    attends = [size in config.attention_resolutions for size in config.resolutions]
-    paper = {
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-        "attention_head_dim": None,
-    }
-    model = UNet2DModel(
-        sample_size=config.image_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        layers_per_block=config.num_res_blocks,
-        block_out_channels=config.widths,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        norm_num_groups=config.norm_groups,
-        **(paper | options),
-    )
+    model = diffusers_network(config, **(PAPER_KNOBS | options))
     randomise(model)
     return model.eval()
 

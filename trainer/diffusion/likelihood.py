@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.samplers import Denoise
+from trainer.diffusion.samplers import Denoise, all_at
 
 _HALF_BIN = 1.0 / 255.0  # half the distance of two 8-bit levels in [-1, 1]
 _ROUNDING = 1e-5
@@ -221,7 +221,7 @@ def _bits_by_timestep(
     clip_x0: bool,
 ) -> Iterator[TimestepBits]:
     for timestep in reversed(range(diffusion.num_timesteps)):
-        t = torch.full((len(x0),), timestep, dtype=torch.int64, device=x0.device)
+        t = all_at(x0, timestep)
         noise = noise_fn(timestep)
         x_t = diffusion.q_sample(x0, t, noise)
         rate, x0_hat = vb_terms(diffusion, denoise(x_t, t), x0, x_t, t, clip_x0)
@@ -314,7 +314,7 @@ def estimate_bits_per_dim(
         return vb_terms(diffusion, denoise(x_t, t), x0, x_t, t, clip_x0)[0].double()
 
     total = prior_bits(diffusion, x0).double()
-    total += term(0, torch.zeros(count, dtype=torch.int64, device=x0.device))
+    total += term(0, all_at(x0, 0))
     for k in range(draws if others else 0):
         place = ((k + uniforms[:, k]) * (others / draws)).long()
         total += term(k + 1, 1 + place.clamp(0, others - 1)) * (others / draws)

@@ -36,6 +36,10 @@ class Variance(StrEnum):
         """Whether the network has output channels for the variance."""
         return self in (Variance.LEARNED, Variance.LEARNED_RANGE)
 
+    def output_channels(self, channels: int) -> int:
+        """Channels the network must put out for images of `channels` channels."""
+        return 2 * channels if self.is_learned else channels
+
 
 @dataclass(frozen=True)
 class ReverseStep:
@@ -121,10 +125,6 @@ class GaussianDiffusion(ForwardProcess):
         diffusion._trained = {name: self._of_the_step(name)[list(timesteps)] for name in _OF_THE_STEP}
         return diffusion
 
-    def output_channels(self, channels: int) -> int:
-        """Channels the network must put out for images of `channels` channels."""
-        return 2 * channels if self.variance.is_learned else channels
-
     def split_output(self, model_output: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output as prediction and what it says of the variance.
 
@@ -142,7 +142,7 @@ class GaussianDiffusion(ForwardProcess):
         if self.variance.is_learned:
             if like.ndim < 2:
                 raise ValueError(f"a learned variance needs images [B, C, ...], got {expected}")
-            expected[1] *= 2
+            expected[1] = self.variance.output_channels(expected[1])
         if list(model_output.shape) != expected:
             why = "twice the channels, for the variance" if self.variance.is_learned else "as the images"
             raise ValueError(f"model_output has shape {list(model_output.shape)}, expected {expected}: {why}")
@@ -152,13 +152,14 @@ class GaussianDiffusion(ForwardProcess):
         channels = like.shape[1]
         return output[:, :channels], output[:, channels:]
 
-    def predict_x0(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
-        """The estimate of x_0 in a network's output (eq. 15 for eps), not clipped.
+    def predict_x0(self, x_t: Tensor, t: Tensor, model_output: Tensor, clip: bool = False) -> Tensor:
+        """The estimate of x_0 in a network's output (eq. 15 for eps).
 
         Args:
             x_t: float32 [B, ...] noisy images.
             t: int64 [B] timesteps.
             model_output: The network's output.
+            clip: Clip it to [-1, 1], as the paper's code does when it samples.
 
         Returns:
             x0_hat, like x_t.
@@ -170,14 +171,16 @@ class GaussianDiffusion(ForwardProcess):
         output, _ = self.split_output(model_output, x_t)
         match self.prediction:
             case Prediction.EPS:
-                return self.x0_from_eps(x_t, t, output)
+                x0_hat = self.x0_from_eps(x_t, t, output)
             case Prediction.X0:
-                return output
+                x0_hat = output
             case Prediction.MU:
                 weight_x0 = self._gather_of_the_step("posterior_mean_coef_x0", t, x_t)
-                return (output - self._gather_of_the_step("posterior_mean_coef_xt", t, x_t) * x_t) / weight_x0
+                weight_xt = self._gather_of_the_step("posterior_mean_coef_xt", t, x_t)
+                x0_hat = (output - weight_xt * x_t) / weight_x0
             case Prediction.V:
-                return self.x0_from_v(x_t, t, output)
+                x0_hat = self.x0_from_v(x_t, t, output)
+        return x0_hat.clamp(-1.0, 1.0) if clip else x0_hat
 
     def predict_eps(self, x_t: Tensor, t: Tensor, model_output: Tensor) -> Tensor:
         """The estimate of the noise in a network's output.
@@ -248,9 +251,7 @@ class GaussianDiffusion(ForwardProcess):
         Raises:
             ValueError: On wrong shapes, precision or timesteps.
         """
-        x0_hat = self.predict_x0(x_t, t, model_output)
-        if clip_x0:
-            x0_hat = x0_hat.clamp(-1.0, 1.0)
+        x0_hat = self.predict_x0(x_t, t, model_output, clip_x0)
         output, values = self.split_output(model_output, x_t)
         variance, log_variance = self._reverse_variance(values, x_t, t)
         if self.prediction is Prediction.MU and self._trained is None:

@@ -99,8 +99,8 @@ def _ancestral(
 ) -> Iterator[Step]:
     x = x_T
     for draw, index in enumerate(reversed(range(len(timesteps))), start=1):
-        output = denoise(x, _full(x, timesteps[index]))
-        step = diffusion.p_mean_variance(output, x, _full(x, index), clip_x0)
+        output = denoise(x, all_at(x, timesteps[index]))
+        step = diffusion.p_mean_variance(output, x, all_at(x, index), clip_x0)
         x = step.mean
         if index > 0:
             x = x + (0.5 * step.log_variance).exp() * _noise(noise_fn, draw, x)
@@ -159,10 +159,8 @@ def _ddim(
     abar = diffusion.schedule.alphas_cumprod
     x = x_T
     for draw, index in enumerate(reversed(range(len(timesteps))), start=1):
-        t = _full(x, timesteps[index])
-        x0_hat = diffusion.predict_x0(x, t, denoise(x, t))
-        if clip_x0:
-            x0_hat = x0_hat.clamp(-1.0, 1.0)
+        t = all_at(x, timesteps[index])
+        x0_hat = diffusion.predict_x0(x, t, denoise(x, t), clip_x0)
         eps = diffusion.eps_from_x0(x, t, x0_hat)
         # Coefficients in Python's double precision; only their products are float32.
         now = float(abar[timesteps[index]])
@@ -216,10 +214,8 @@ def _ddim_invert(
     abar = diffusion.schedule.alphas_cumprod
     x = x0
     for now, after in itertools.pairwise(timesteps):
-        t = _full(x, now)
-        x0_hat = diffusion.predict_x0(x, t, denoise(x, t))
-        if clip_x0:
-            x0_hat = x0_hat.clamp(-1.0, 1.0)
+        t = all_at(x, now)
+        x0_hat = diffusion.predict_x0(x, t, denoise(x, t), clip_x0)
         eps = diffusion.eps_from_x0(x, t, x0_hat)
         signal = float(abar[after])
         x = math.sqrt(signal) * x0_hat + math.sqrt(1.0 - signal) * eps
@@ -242,8 +238,16 @@ def final(steps: Iterator[Step]) -> Tensor:
     return last.x
 
 
-def _full(x: Tensor, t: int) -> Tensor:
-    """The timestep t for each image of x: int64 [B]."""
+def all_at(x: Tensor, t: int) -> Tensor:
+    """The timestep t for each image of x.
+
+    Args:
+        x: [B, ...] images.
+        t: The timestep.
+
+    Returns:
+        int64 [B] on x's device.
+    """
     return torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
 
 

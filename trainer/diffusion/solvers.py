@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.process import GaussianDiffusion
-from trainer.diffusion.samplers import Denoise, Step
+from trainer.diffusion.samplers import Denoise, Step, all_at
 
 # In place of alpha_T = 0: where no signal is left the solvers' sqrt((1 - abar) / abar) has no value.
 _LEAST_ALPHA = 2.0**-24
@@ -102,10 +102,8 @@ def _solve(
     scheduler.set_timesteps(steps)
     x = x_T
     for timestep in scheduler.timesteps.tolist():
-        t = torch.full((x.shape[0],), timestep, dtype=torch.int64, device=x.device)
-        x0_hat = diffusion.predict_x0(x, t, denoise(x, t))
-        if clip_x0:
-            x0_hat = x0_hat.clamp(-1.0, 1.0)
+        t = all_at(x, timestep)
+        x0_hat = diffusion.predict_x0(x, t, denoise(x, t), clip_x0)
         x = scheduler.step(x0_hat, timestep, x).prev_sample
         yield Step(timestep, x, x0_hat)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from trainer.unet_config import Profile, UNetConfig
 from trainer.weights.formats import diffusers, openai, pesser, tensorflow
-from trainer.weights.names import Naming, Network, attention_widths
+from trainer.weights.names import Naming, Network
 from trainer.weights.source import Source
 
 
@@ -126,5 +126,5 @@ def check_assumptions(kind: Format, config: UNetConfig, where: str) -> None:
         )
     if config.block_size != 1 and not wanted.space_to_depth:
         raise UserError(f"{origin} know no space-to-depth; set model.block_size=1")
-    if wanted.one_head and any(config.heads(width) != 1 for width in attention_widths(config)):
+    if wanted.one_head and any(config.heads(width) != 1 for width in config.attention_widths):
         raise UserError(f"{origin} attend with one head; set model.num_heads=1")

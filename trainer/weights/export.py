@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from data_pipeline.documents import Document, sha256_hex
 from data_pipeline.errors import UserError
-from trainer.manifest import is_checkpoint_name
+from trainer.manifest import FileRecord, is_checkpoint_name
 from trainer.recipe import Recipe
 from trainer.run import Run
 from trainer.weights.formats import diffusers
@@ -26,16 +25,6 @@ _WRITTEN_FOR: Final = "0.35.0"
 """The oldest release of diffusers that the folder was made for."""
 _INDEX: Final = "model_index.json"
 """Written last: a folder without it is an unfinished export."""
-
-
-class ExportedFile(BaseModel):
-    """One file of an export."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    path: str
-    bytes: int
-    sha256: str
 
 
 class Exported(Document):
@@ -59,7 +48,7 @@ class Exported(Document):
     manifest_sha256: str
     images: int
     ema: str
-    files: list[ExportedFile]
+    files: list[FileRecord]
 
 
 def split_place(place: str) -> tuple[str, str | None]:
@@ -67,12 +56,6 @@ def split_place(place: str) -> tuple[str, str | None]:
     parent, _, name = place.rstrip("/").rpartition("/")
     run, _, folder = parent.rpartition("/")
     return (run, name) if run and folder == "checkpoints" and is_checkpoint_name(name) else (place, None)
-
-
-def default_ema(recipe: Recipe) -> str:
-    """The weights that the recipe's first evaluation uses, else its first EMA profile, else "raw"."""
-    spec = next(iter(recipe.evaluation.values()), None)
-    return spec.ema if spec else next(iter(recipe.ema), "raw")
 
 
 def export_diffusers(
@@ -84,7 +67,7 @@ def export_diffusers(
         run: The run.
         folder: Where to; it must not exist or be empty.
         checkpoint: Name of the checkpoint; None for the newest live one.
-        ema: EMA profile, or "raw"; None as `default_ema`.
+        ema: EMA profile, or "raw"; None as `Recipe.default_ema`.
 
     Returns:
         What was written.
@@ -96,7 +79,7 @@ def export_diffusers(
         DamagedCheckpointError: The weights fail their hash.
     """
     recipe = run.recipe()
-    ema = ema or default_ema(recipe)
+    ema = ema or recipe.default_ema
     config = recipe.unet_config()
     unet, scheduler = unet_json(config), scheduler_json(recipe)
     table = correspondences(diffusers.NAMING, Network.of(config))
@@ -151,7 +134,7 @@ def _claim(folder: Path) -> None:
         raise UserError(f"{folder}: holds {held[0]} already{unfinished}; choose an empty folder or a new one")
 
 
-def _write(folder: Path, path: str, data: bytes) -> ExportedFile:
+def _write(folder: Path, path: str, data: bytes) -> FileRecord:
     try:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data)
@@ -159,7 +142,7 @@ def _write(folder: Path, path: str, data: bytes) -> ExportedFile:
         raise UserError(
             f"{folder / path}: cannot be written ({error.strerror}); choose another folder"
         ) from error
-    return ExportedFile(path=path, bytes=len(data), sha256=sha256_hex(data))
+    return FileRecord(path=path, bytes=len(data), sha256=sha256_hex(data))
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:

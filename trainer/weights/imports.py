@@ -8,28 +8,25 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from data_pipeline.documents import Document
 from data_pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
-from trainer.manifest import ANY_DATA, Attempt, AttemptEnd, FileEntry, Manifest, Topology, checkpoint_name
+from trainer.manifest import (
+    ANY_DATA,
+    Attempt,
+    AttemptEnd,
+    FileEntry,
+    FileRecord,
+    Manifest,
+    Topology,
+    checkpoint_name,
+)
 from trainer.recipe import Recipe
 from trainer.run import Run
 from trainer.weights.convert import read_foreign
 from trainer.weights.detect import Format
-from trainer.weights.names import attention_widths
-
-
-class SourceFile(BaseModel):
-    """One file that weights were taken from."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    path: str
-    bytes: int
-    sha256: str
 
 
 class Imported(Document):
@@ -56,7 +53,7 @@ class Imported(Document):
     manifest_sha256: str
     images: int
     format: Format
-    files: list[SourceFile]
+    files: list[FileRecord]
     tensors: int
     parameters: int
     heads: dict[int, int]
@@ -118,7 +115,7 @@ def import_weights(place: str, recipe: Recipe, run: Run, options: ImportOptions)
         files=[_describe(path) for path in found.source.files],
         tensors=len(found.weights),
         parameters=sum(tensor.numel() for tensor in found.weights.values()),
-        heads={width: config.heads(width) for width in attention_widths(config)},
+        heads={width: config.heads(width) for width in config.attention_widths},
         averages=found.has_averages,
         ema=list(recipe.ema),
     )
@@ -166,7 +163,7 @@ def _manifest(attempt: Attempt, recipe: Recipe, images: int, files: list[FileEnt
     )
 
 
-def _describe(path: Path) -> SourceFile:
+def _describe(path: Path) -> FileRecord:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return SourceFile(path=str(path), bytes=path.stat().st_size, sha256=digest)
+    return FileRecord(path=str(path), bytes=path.stat().st_size, sha256=digest)

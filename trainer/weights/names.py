@@ -235,12 +235,6 @@ class Network:
         return cls(config, Grid.of(config), shapes)
 
 
-def attention_widths(config: UNetConfig) -> list[int]:
-    """Channels of the levels with attention, finest first, and of the middle, each once."""
-    widths = [width for level, width in enumerate(config.widths) if config.attends(level)]
-    return list(dict.fromkeys([*widths, config.widths[-1]]))
-
-
 def correspondences(naming: Naming, network: Network) -> list[Correspondence]:
     """The bijection between another code base's tensors and our parameters, in our order.
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_pipeline.documents import describe_first
 from data_pipeline.errors import UserError
 from trainer.unet_config import CONVENTIONS, Conventions, UNetConfig
-from trainer.weights.names import Kind, Layout, Naming, attention_widths
+from trainer.weights.names import Kind, Layout, Naming
 
 NAMING: Final = Naming(
     places={
@@ -147,7 +147,7 @@ def compare_unet(content: Mapping[str, Any], config: UNetConfig, where: str) -> 
         if key != "dropout" and not _same(key, theirs, wanted, config):
             ours = _show(getattr(wanted, key))
             if key == "attention_head_dim":
-                ours = " and ".join(f"{config.heads(width)} at {width}" for width in attention_widths(config))
+                ours = " and ".join(f"{config.heads(width)} at {width}" for width in config.attention_widths)
                 ours += " channels"
             found = _show(getattr(theirs, key))
             raise UserError(
@@ -177,7 +177,7 @@ def _same(key: str, theirs: UNetJson, wanted: UNetJson, config: UNetConfig) -> b
             return theirs.sample_size in (wanted.sample_size, (wanted.sample_size, wanted.sample_size))
         case "attention_head_dim":
             dim = theirs.attention_head_dim
-            return all(config.heads(width) * (dim or width) == width for width in attention_widths(config))
+            return all(config.heads(width) * (dim or width) == width for width in config.attention_widths)
         case "attn_norm_num_groups":
             inherited = theirs.norm_num_groups if theirs.resnet_time_scale_shift == "default" else None
             return (theirs.attn_norm_num_groups or inherited) == config.norm_groups
@@ -226,7 +226,7 @@ def _fitting_profile(theirs: UNetJson) -> str:
 
 def _head_dim(config: UNetConfig) -> int | None:
     """Channels per head; None for one head of any width."""
-    widths = attention_widths(config)
+    widths = config.attention_widths
     if all(config.heads(width) == 1 for width in widths):
         return None
     dims = {width // config.heads(width) for width in widths}

@@ -5,6 +5,7 @@ Source: github.com/pesser/pytorch_diffusion at 304bdff, the attributes of its mo
 
 from typing import Final
 
+from trainer.weights.formats import tensorflow
 from trainer.weights.names import Kind, Layout, Naming
 
 NAMING: Final = Naming(
@@ -24,14 +25,8 @@ NAMING: Final = Naming(
         "head.norm": "norm_out",
         "head.conv": "conv_out",
     },
-    block={
-        "norm1": "norm1",
-        "conv1": "conv1",
-        "time_proj": "temb_proj",
-        "norm2": "norm2",
-        "conv2": "conv2",
-        "shortcut": "nin_shortcut",
-    },
-    attention={"norm": "norm", "query": "q", "key": "k", "value": "v", "out": "proj_out"},
+    # The layers of a block are called as in the code it ports.
+    block=tensorflow.NAMING.block,
+    attention=tensorflow.NAMING.attention,
     layouts={Kind.PROJECTION: Layout.OUT_IN_1_1},
 )
