@@ -1,8 +1,4 @@
-"""The convolutions of the network alone: what nobody who computes them by the same kernels can undercut.
-
-Measured with torch's kernels; in float32 in both layouts, and with ours: on a CPU `trainer.winograd` computes
-most of them with fewer multiplications, so ours may stay below torch's floor; its own is the other one.
-"""
+"""The convolutions of the network alone: what nobody who computes them by the same kernels can undercut."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,13 +11,11 @@ from benchmarks.harness import Contender, Label, Layout, Mode, Precision
 from benchmarks.network import Batch, our_network
 from trainer.unet import UNet, UNetConfig
 
-TORCH_FLOOR = "convolutions"
-"""Contender's name of the network's convolutions alone, by torch's kernels."""
-OUR_FLOOR = "our-convolutions"
-"""The same by whatever kernels our network calls."""
+FLOOR = "convolutions"
+"""Contender's name of the network's convolutions alone."""
 
-Work = Callable[["Convolution", Callable[["Convolution"], Tensor]], object]
-"""(convolution, how it is computed) -> what is timed of it: `forward` or `forward_backward`."""
+Work = Callable[["Convolution"], object]
+"""What is timed of a convolution: `forward` or `forward_backward`."""
 
 
 @dataclass(frozen=True)
@@ -38,29 +32,24 @@ class Convolution:
     x: Tensor
     grad: Tensor
 
-    def by_torch(self) -> Tensor:
-        """The output, by torch's kernel."""
+    def output(self) -> Tensor:
+        """What it gives."""
         layer = self.layer
         assert not isinstance(layer.padding, str)
         return F.conv2d(self.x, layer.weight, layer.bias, layer.stride, layer.padding)
 
-    def by_us(self) -> Tensor:
-        """The output, as our layer computes it."""
-        output: Tensor = self.layer(self.x)
-        return output
-
 
 @torch.no_grad()
-def forward(convolution: Convolution, compute: Callable[[Convolution], Tensor]) -> None:
+def forward(convolution: Convolution) -> None:
     """What sampling needs of a convolution."""
-    compute(convolution)
+    convolution.output()
 
 
-def forward_backward(convolution: Convolution, compute: Callable[[Convolution], Tensor]) -> None:
+def forward_backward(convolution: Convolution) -> None:
     """What training needs: the output, and the gradient of every operand that has one."""
     operands = (convolution.x, *convolution.layer.parameters())
     torch.autograd.grad(
-        compute(convolution), [tensor for tensor in operands if tensor.requires_grad], convolution.grad
+        convolution.output(), [tensor for tensor in operands if tensor.requires_grad], convolution.grad
     )
 
 
@@ -95,7 +84,7 @@ def convolutions(model: UNet, batch: Batch, layout: Layout) -> list[Convolution]
 def floors(
     config: UNetConfig, batch: Batch, precision: Precision, work: Work, calls: int
 ) -> Iterator[Contender]:
-    """The convolutions alone, by torch's kernels in the layout of our network, and in fp32 by two more ways.
+    """The convolutions alone, in both layouts.
 
     Args:
         config: The network.
@@ -105,21 +94,16 @@ def floors(
         calls: Of the network, in one call of the contender.
     """
     model = our_network(config).to(precision.dtype)
-    kinds = [(TORCH_FLOOR, Convolution.by_torch, Layout.CHANNELS_LAST)]
-    if precision is Precision.FP32:
-        kinds.append((TORCH_FLOOR, Convolution.by_torch, Layout.CONTIGUOUS))
-        kinds.append((OUR_FLOOR, Convolution.by_us, Layout.CHANNELS_LAST))  # in bf16 ours are torch's
-    for name, compute, layout in kinds:
-        label = Label(contender=name, precision=precision, mode=Mode.EAGER, layout=layout, batch=len(batch.t))
-        yield Contender(label, _work(convolutions(model, batch, layout), compute, work, calls))
+    for layout in Layout:
+        size = len(batch.t)
+        label = Label(contender=FLOOR, precision=precision, mode=Mode.EAGER, layout=layout, batch=size)
+        yield Contender(label, _work(convolutions(model, batch, layout), work, calls))
 
 
-def _work(
-    recorded: list[Convolution], compute: Callable[[Convolution], Tensor], work: Work, calls: int
-) -> Callable[[], None]:
+def _work(recorded: list[Convolution], work: Work, calls: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(calls):
             for convolution in recorded:
-                work(convolution, compute)
+                work(convolution)
 
     return run

@@ -18,8 +18,6 @@ OTHER = "other"
 _COPIES = "copies and conversions"
 _LARGER = ("convolution", "attention", "normalisation", "dropout")
 """Kinds to which everything is counted that runs inside them, except copies."""
-_OUR_CONVOLUTION = "ddpm_foundry_conv3x3"
-"""Occurs in the name of the backward operator of `trainer.winograd`; the copies inside count to it too."""
 _LAYER = "aten::convolution layer"
 """Name of the range around each convolution layer on the way forward."""
 _KINDS = {
@@ -50,8 +48,6 @@ _KINDS = {
 
 def kind_of(operator: str) -> str:
     """The kind of an operator by its name, namespace included."""
-    if _OUR_CONVOLUTION in operator:
-        return "convolution"
     namespace, _, name = operator.partition("::")
     if namespace == "aten":
         for kind, fragments in _KINDS.items():
@@ -89,8 +85,6 @@ def _kind_with_callers(event: FunctionEvent) -> str:
     while caller is not None:
         if caller.name == OPTIMIZER:
             return OPTIMIZER
-        if _OUR_CONVOLUTION in caller.name:
-            kind = "convolution"
         if kind is None and own != _COPIES and (serves := kind_of(caller.name)) in _LARGER:
             kind = serves
         caller = caller.cpu_parent

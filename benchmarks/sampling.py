@@ -59,8 +59,7 @@ class Task:
         """Images by our sampler, of a network in this precision."""
         diffusion = GaussianDiffusion(from_config(ScheduleConfig()), Prediction.EPS, Variance.FIXED_LARGE)
         with torch.inference_mode():
-            x_T = self.noise().contiguous(memory_format=torch.channels_last)
-            return final(ddim(diffusion, denoiser(forward, dtype), x_T, steps=self.steps))
+            return final(ddim(diffusion, denoiser(forward, dtype), self.noise(), steps=self.steps))
 
     def contender(
         self, name: str, mode: Mode, sample: Callable[[], Tensor], reference: Tensor, layout: Layout

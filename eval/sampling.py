@@ -85,7 +85,6 @@ def sample_chunk(
 
     with torch.inference_mode():
         x_T = normal(settings.seed, Purpose.SAMPLE_NOISE, ids, shape, draw=0)
-        x_T = x_T.contiguous(memory_format=torch.channels_last)
         x_0 = final(_reverse_process(loaded.diffusion, denoise, x_T, noise, settings))
         finite = torch.isfinite(x_0).flatten(1).all(dim=1)
         images = quantise(x_0).permute(0, 2, 3, 1).contiguous()

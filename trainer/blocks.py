@@ -1,6 +1,6 @@
 """The parts of the U-Net: residual blocks, attention, resampling, and the levels they form.
 
-Activations are channels_last throughout. What differs between the profiles is read off
+Every block hands activations on in the layout they came in. What differs between the profiles is read off
 `UNetConfig.conventions`.
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.layers import Conv2d, GroupNorm, Linear
+from trainer.layers import Conv2d, GroupNorm, Linear, is_channels_last
 from trainer.unet_config import UNetConfig
 
 
@@ -74,19 +74,35 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x [B, C, H, W] to the same shape."""
-        B, C, H, W = x.shape
-        # In channels_last the pixels already lie in memory as [B, HW, C].
-        pixels = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        h = self.norm(x)
         # One product for all three: their gradients then need no adding up.
         layers = (self.query, self.key, self.value)
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
+        mix = self._mix_pixels if is_channels_last(h) else self._mix_channels
+        return x + mix(h, weight, bias)
+
+    def _mix_pixels(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Attends where the pixels lie in memory as [B, HW, C]."""
+        B, C, H, W = h.shape
+        pixels = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
         split = F.linear(pixels, weight, bias).view(B, H * W, 3, self.heads, C // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
         # Scaled by 1 / sqrt(channels of a head).
         mixed = F.scaled_dot_product_attention(query, key, value)
-        h: Tensor = self.out(mixed.transpose(1, 2).reshape(B, H * W, C))
-        return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(B, H * W, C))
+        return out.view(B, H, W, C).permute(0, 3, 1, 2)
+
+    def _mix_channels(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same where they lie as [B, C, HW]: plain products, which spare a CPU the rearranging."""
+        B, C, H, W = h.shape
+        channels = C // self.heads
+        split = F.conv2d(h, weight[:, :, None, None], bias).view(B, 3, self.heads, channels, H * W)
+        query, key, value = (part.reshape(B * self.heads, channels, H * W) for part in split.unbind(1))
+        scores = torch.bmm((query * channels**-0.5).transpose(1, 2), key)
+        shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        mixed = torch.bmm(value, shares.to(value.dtype).transpose(1, 2)).view(B, C, H, W)
+        return F.conv2d(mixed, self.out.weight[:, :, None, None], self.out.bias)
 
 
 class Downsample(nn.Module):

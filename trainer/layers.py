@@ -1,13 +1,11 @@
 """Layers of the network that start, round and lie in memory as the profile says."""
 
 import math
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer import winograd
 from trainer.unet_config import Conventions
 
 
@@ -40,14 +38,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x [B, in, H, W]."""
-        if self.kernel_size == (1, 1):
-            # A dense layer over the pixels. In channels_last they lie ready for it; as convolutions torch's
-            # smallest ones would rearrange the images (CPU) or add the bias separately (GPU).
+        if self.kernel_size == (1, 1) and is_channels_last(x):
+            # A dense layer over the pixels, which lie ready for it: torch's smallest convolutions would
+            # rearrange the images (CPU) or add the bias separately (GPU).
             dense = F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias)
             return dense.permute(0, 3, 1, 2)
-        if self.kernel_size == (3, 3) and self.stride == (1, 1) and winograd.suits(x, self.weight):
-            assert self.bias is not None
-            return cast(Tensor, winograd.conv3x3(x, self.weight, self.bias))
         return super().forward(x)
 
 
@@ -126,8 +121,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x [B, C, H, W]."""
-        # CUDA's kernel answers in the contiguous layout; elsewhere this is no operation.
-        return channels_last(super().forward(x))
+        # CUDA's kernel answers in the contiguous layout whatever it is given; elsewhere this is no operation.
+        return like(super().forward(x), x)
 
 
 def time_embedding(t: Tensor, channels: int, conventions: Conventions) -> Tensor:
@@ -151,9 +146,24 @@ def time_embedding(t: Tensor, channels: int, conventions: Conventions) -> Tensor
     return torch.cat(blocks[::-1] if conventions.cosine_first else blocks, dim=1)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """The same [B, C, H, W] values laid out as [B, H, W, C]; no copy if they are already."""
-    return x.contiguous(memory_format=torch.channels_last)
+def is_channels_last(x: Tensor) -> bool:
+    """Tells whether [B, C, H, W] lies in memory as [B, H, W, C], and only so."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """The same values in the layout of another tensor; no copy if they are already."""
+    layout = torch.channels_last if is_channels_last(other) else torch.contiguous_format
+    return x.contiguous(memory_format=layout)
+
+
+def fastest_layout(device: torch.device) -> torch.memory_format:
+    """The layout in which a device's convolutions are fastest.
+
+    cuDNN's half-precision kernels take channels_last as it is; on a CPU, oneDNN rearranges whatever it is
+    given, and the operations between are faster on contiguous images.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def space_to_depth(x: Tensor, block: int) -> Tensor:

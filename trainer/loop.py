@@ -210,13 +210,13 @@ class Trainer:
             float32 [b] losses, int64 [b] timesteps, and float32 [b] weights of the losses in the objective.
         """
         recipe = self.recipe
-        # NHWC bytes seen as NCHW are channels_last already. Scaling: paper, section 3.3.
+        # Scaling: paper, section 3.3.
         x0 = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
         if recipe.image.flip:
             x0 = torch.where(flips(recipe.seed, n)[:, None, None, None], x0.flip(-1), x0)
         t, weights = self.timesteps.draw(n)
         noise = normal(recipe.seed, Purpose.NOISE, n, tuple(x0.shape[1:]))
-        x_t = self.diffusion.q_sample(x0, t, noise).contiguous(memory_format=torch.channels_last)
+        x_t = self.diffusion.q_sample(x0, t, noise)
         output = self.engine.forward(x_t, t)
         losses = training_losses(self.diffusion, output, x0, x_t, t, noise, self.loss)
         return losses, t, weights

@@ -10,8 +10,9 @@ keeps (`trainer.unet_config.CONVENTIONS` tells the others'):
 * Weights are Xavier-uniform, 1x1 and dense layers included; biases start at 0; the last layer of every
   residual branch and of the network starts near zero (variance scale 1e-10, not an exact 0).
 
-Parameters are contiguous, activations channels_last. The names of the parameters are keys of checkpoints
-and never change; levels are numbered by resolution (0 is the finest) both on the way down and up.
+Parameters are contiguous; activations are in the layout that is fastest on the device, channels_last on a
+GPU. The names of the parameters are keys of checkpoints and never change; levels are numbered by
+resolution (0 is the finest) both on the way down and up.
 """
 
 from typing import Any, cast
@@ -26,8 +27,8 @@ from trainer.layers import (
     Embedding,
     GroupNorm,
     Linear,
-    channels_last,
     depth_to_space,
+    fastest_layout,
     space_to_depth,
     time_embedding,
 )
@@ -42,14 +43,22 @@ class UNet(nn.Module):
     Args:
         config: Shape of the network.
         generator: Draws the initial weights, so that every process can draw the same; default: torch's own.
+        layout: Of the activations in memory; default: what is fastest on their device.
 
     Attributes:
         config: As given.
+        layout: As given.
     """
 
-    def __init__(self, config: UNetConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: UNetConfig,
+        generator: torch.Generator | None = None,
+        *,
+        layout: torch.memory_format | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layout = config, layout
         self.conventions = conventions = config.conventions
         pixels = config.block_size**2
         base, widths, last = config.base_channels, config.widths, len(config.widths) - 1
@@ -127,9 +136,11 @@ class UNet(nn.Module):
             embedding = embedding + self.class_embed(labels)
         # Every residual block begins with the swish of the embedding: once is enough.
         embedding = F.silu(embedding)
-        # An image of one channel has both layouts at once, and torch may take it for the contiguous one:
-        # hence once before and once after.
-        skips = [channels_last(self.stem(channels_last(space_to_depth(x, self.config.block_size))))]
+        # An image of one channel has both layouts at once, and torch may take it for the other one: hence
+        # once before and once after.
+        layout = self.layout or fastest_layout(x.device)
+        images = space_to_depth(x, self.config.block_size).contiguous(memory_format=layout)
+        skips = [self.stem(images).contiguous(memory_format=layout)]
         for level in self.down:
             skips += cast(Level, level).descend(skips[-1], embedding)
         h = self.mid(skips[-1], embedding)

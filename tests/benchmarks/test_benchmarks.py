@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import sampling, train_step
-from benchmarks.floor import OUR_FLOOR, TORCH_FLOOR, convolutions, floors, forward, forward_backward
+from benchmarks.floor import FLOOR, convolutions, floors, forward, forward_backward
 from benchmarks.harness import OURS, Label, Layout, Mode, Precision
 from benchmarks.network import SMALL, Batch, our_network
 from benchmarks.options import Options, parser, read
@@ -36,7 +36,7 @@ def test_train_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert content["schema"] == "benchmark/1"
     assert content["network"] == "small"
     measured = {timing["label"]["contender"] for timing in content["timings"]}
-    assert measured == {OURS, TORCH_FLOOR, "diffusers", "openai"}
+    assert measured == {OURS, FLOOR, "diffusers", "openai"}
     assert {timing["label"]["precision"] for timing in content["timings"]} == {"bf16"}
     assert [check["peer"] for check in content["checks"]] == ["diffusers", "openai"]
     assert content["missing"] == []
@@ -59,8 +59,7 @@ def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.settings["steps"] == 2
     assert {t.label.contender for t in result.timings} == {
         OURS,
-        TORCH_FLOOR,
-        OUR_FLOOR,
+        FLOOR,
         "diffusers",
         sampling.SHIPPED,
     }
@@ -98,7 +97,7 @@ def test_a_missing_peer_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert result.missing == ["diffusers"]
     assert result.checks == []
-    assert {timing.label.contender for timing in result.timings} == {OURS, TORCH_FLOOR, OUR_FLOOR}
+    assert {timing.label.contender for timing in result.timings} == {OURS, FLOOR}
     assert len(result.bars) == 3
     assert all(bar.value is None and not bar.ok for bar in result.bars)
     out = capsys.readouterr().out
@@ -132,8 +131,7 @@ def test_the_floor_holds_every_convolution() -> None:
     assert not recorded[0].x.requires_grad  # nobody asks for the image's gradient
     for number, convolution in enumerate(recorded):
         assert convolution.x.requires_grad == (number > 0)
-        assert convolution.grad.shape == convolution.by_torch().shape
-        torch.testing.assert_close(convolution.by_us(), convolution.by_torch(), atol=1e-4, rtol=1e-4)
+        assert convolution.grad.shape == convolution.output().shape
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -145,8 +143,8 @@ def test_the_floors_work(precision: Precision) -> None:
     ]
     for contender in contenders:
         contender.run()
-    names = {contender.label.contender for contender in contenders}
-    assert names == ({TORCH_FLOOR, OUR_FLOOR} if precision is Precision.FP32 else {TORCH_FLOOR})
+    assert {contender.label.contender for contender in contenders} == {FLOOR}
+    assert [contender.label.layout for contender in contenders] == [*Layout, *Layout]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,6 @@ def test_the_floors_work(precision: Precision) -> None:
         ("aten::native_dropout", "dropout"),
         ("aten::upsample_nearest2d", "resampling and padding"),
         ("aten::add_", "additions and products"),
-        ("GeneratedBackwardFor_ddpm_foundry_conv3x3_default", "convolution"),
         ("autograd::engine::evaluate_function: AddBackward0", "other"),
     ],
 )

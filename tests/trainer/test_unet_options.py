@@ -20,6 +20,20 @@ from trainer.unet import Profile, UNet, UNetConfig, compile_blocks
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_both_layouts_compute_the_same(heads: int) -> None:
+    """Values and gradients: attention and 1x1 convolutions go by other ways in each."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = random_unet(replace(SMALL, num_heads=heads), torch.float64)
+        model.layout = layout
+        x, t = inputs(model.config, torch.float64)
+        out = model(x.requires_grad_(), t)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> UNetConfig:
     levels = draw(st.integers(1, 3))
