@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import Share
+from trainer.layers import Dropout
 
 OPTIMIZER = "optimizer and EMA"
 """Name of the profiler range that the update runs in, and of its kind."""
@@ -18,8 +19,12 @@ OTHER = "other"
 _COPIES = "copies and conversions"
 _LARGER = ("convolution", "attention", "normalisation", "dropout")
 """Kinds to which everything is counted that runs inside them, except copies."""
-_LAYER = "aten::convolution layer"
-"""Name of the range around each convolution layer on the way forward."""
+_LAYERS: dict[type[nn.Module], str] = {
+    nn.Conv2d: "aten::convolution layer",
+    nn.Dropout: "aten::dropout layer",
+    Dropout: "aten::dropout layer",
+}
+"""Layers whose operators have other names, and that of the range around each on the way forward."""
 _KINDS = {
     # The first kind of which a fragment occurs in the operator's name has it.
     "convolution": ("convolution", "conv2d", "conv_depthwise", "slow_conv"),
@@ -96,7 +101,7 @@ def profile_kinds(run: Callable[[], object], calls: int) -> list[Share]:
 
     The thread that starts an operator waits for its helpers, so its time is wall time.
     """
-    with _marked_convolutions(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with _marked_layers(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(calls):
             run()
     events = profiler.events()
@@ -105,17 +110,18 @@ def profile_kinds(run: Callable[[], object], calls: int) -> list[Share]:
 
 
 @contextmanager
-def _marked_convolutions() -> Iterator[None]:
-    """Puts the forward pass of every convolution layer into a range: not all its kernels have names of it."""
+def _marked_layers() -> Iterator[None]:
+    """Puts the forward pass of every layer of `_LAYERS` into its range."""
     open_ranges: list[ExitStack] = []
 
     def enter(module: nn.Module, args: object) -> None:
-        if isinstance(module, nn.Conv2d):
-            open_ranges.append(ExitStack())
-            open_ranges[-1].enter_context(torch.profiler.record_function(_LAYER))
+        for kind, name in _LAYERS.items():
+            if isinstance(module, kind):
+                open_ranges.append(ExitStack())
+                open_ranges[-1].enter_context(torch.profiler.record_function(name))
 
     def leave(module: nn.Module, args: object, output: object) -> None:
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, tuple(_LAYERS)):
             open_ranges.pop().close()
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]

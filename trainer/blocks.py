@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.layers import Conv2d, GroupNorm, Linear, is_channels_last
+from trainer.layers import Conv2d, Dropout, GroupNorm, Linear, is_channels_last
 from trainer.unet_config import UNetConfig
 
 
@@ -35,7 +35,7 @@ class ResBlock(nn.Module):
         time_channels = 2 * out_channels if self.scale_shift else out_channels
         self.time_proj = Linear(4 * config.base_channels, time_channels, conventions)
         self.norm2 = GroupNorm(config.norm_groups, out_channels, conventions)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv2 = Conv2d(out_channels, out_channels, 3, conventions, ends_branch=True)
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 from tests.trainer.unet_support import SMALL, TINY, inputs, output, random_unet, randomise
 from trainer.blocks import Attention, Downsample, Head, ResBlock, Upsample
-from trainer.layers import depth_to_space, space_to_depth
+from trainer.layers import Dropout, depth_to_space, space_to_depth
 from trainer.unet import Profile, UNet, UNetConfig, compile_blocks
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -32,6 +32,32 @@ def test_both_layouts_compute_the_same(heads: int) -> None:
         found.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.001])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_is_unbiased_independent_and_repeatable(
+    probability: float, layout: torch.memory_format
+) -> None:
+    layer = Dropout(probability)
+    x = torch.ones(16, 37, 33, 31).contiguous(memory_format=layout).requires_grad_()
+    torch.manual_seed(1)
+    found = layer(x)
+    dropped = (found == 0).double()
+    deviation = (probability * (1 - probability) / x.numel()) ** 0.5
+    assert abs(dropped.mean() - probability) < 5 * deviation
+    assert found.unique().tolist() == pytest.approx([0.0, 1 / (1 - probability)], rel=2e-5)
+    flat = dropped.flatten() - probability
+    for distance in (1, 2, 3, 4, 31):  # four numbers share a draw
+        together = (flat[:-distance] * flat[distance:]).mean() / (probability * (1 - probability))
+        assert abs(together) < 5 / x.numel() ** 0.5
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(grad, found.detach(), msg="the gradient passes where the number did")
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), found)
+    assert not torch.equal(layer(x), found)
+    layer.eval()
+    assert layer(x) is x
 
 
 @st.composite
