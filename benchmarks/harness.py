@@ -1,12 +1,15 @@
 """Timing of contenders that take turns in one process, with what else the machine was doing meanwhile."""
 
+import contextlib
 import gc
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import psutil
 import torch
@@ -80,18 +83,14 @@ class Label(Record):
         return f"{self.contender} {self.precision} {self.mode}{layout} b{self.batch}"
 
 
-class Timing(Record):
+class Samples(Record):
     """The raw samples of one contender.
 
     Attributes:
-        label: Which one.
-        warm_up_seconds: Wall seconds of its untimed first calls, compilation included.
         wall: Wall seconds of each timed call.
-        cpu: Processor seconds of this process, all threads, in each timed call.
+        cpu: Processor seconds of each timed call, all threads.
     """
 
-    label: Label
-    warm_up_seconds: float
     wall: list[float]
     cpu: list[float]
 
@@ -105,19 +104,32 @@ class Timing(Record):
         """Median processor seconds."""
         return statistics.median(self.cpu)
 
+    def cells(self) -> tuple[str, str, str]:
+        """The cells of `SAMPLES_HEADER`."""
+        return f"{self.median:.3f}", f"{min(self.wall):.3f}–{max(self.wall):.3f}", f"{self.median_cpu:.3f}"
+
+
+SAMPLES_HEADER = ("median s", "spread s", "CPU s")
+"""Columns of `Samples.cells`."""
+
+
+class Timing(Samples):
+    """The samples of a contender that runs a network.
+
+    Attributes:
+        label: Which one.
+        warm_up_seconds: Wall seconds of its untimed first calls, compilation included.
+    """
+
+    label: Label
+    warm_up_seconds: float
+
     def row(self) -> tuple[str, ...]:
         """The cells of `TIMING_HEADER`."""
-        spread = f"{min(self.wall):.3f}–{max(self.wall):.3f}"
-        return (
-            str(self.label),
-            f"{self.median:.3f}",
-            spread,
-            f"{self.median_cpu:.3f}",
-            f"{self.warm_up_seconds:.1f}",
-        )
+        return str(self.label), *self.cells(), f"{self.warm_up_seconds:.1f}"
 
 
-TIMING_HEADER = ("contender", "median s", "spread s", "CPU s", "warm-up s")
+TIMING_HEADER = ("contender", *SAMPLES_HEADER, "warm-up s")
 """Columns of `Timing.row`."""
 
 
@@ -175,17 +187,35 @@ class Load(Record):
         )
 
 
-class LoadMeter:
-    """Watches the machine between its construction and `read`."""
+Meter = Callable[[], float]
+"""Tells processor seconds used so far: `time.process_time`, or `tree_seconds`."""
 
-    def __init__(self) -> None:
-        self._before = os.getloadavg()[0]
-        self._wall, self._own, self._all = time.perf_counter(), time.process_time(), _busy_seconds()
+
+def tree_seconds() -> float:
+    """Processor seconds of this process and of all that it started, ended or not."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.process_time() + ended.ru_utime + ended.ru_stime
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            seconds += sum(process.cpu_times()[:4])  # its own, and of those that it waited for
+    return seconds
+
+
+class LoadMeter:
+    """Watches the machine between its construction and `read`.
+
+    Args:
+        own: What counts as this program's own work, not others'.
+    """
+
+    def __init__(self, own: Meter = time.process_time) -> None:
+        self._before, self._meter = os.getloadavg()[0], own
+        self._wall, self._own, self._all = time.perf_counter(), own(), _busy_seconds()
 
     def read(self) -> Load:
         """Return the load since the construction."""
         wall = time.perf_counter() - self._wall
-        others = _busy_seconds() - self._all - (time.process_time() - self._own)
+        others = _busy_seconds() - self._all - (self._meter() - self._own)
         return Load(
             before=self._before,
             after=os.getloadavg()[0],
@@ -217,10 +247,7 @@ class Measurement(Record):
 def interleave(
     contenders: Sequence[Contender], repeats: int, say: Callable[[str], None] = print
 ) -> Measurement:
-    """Time the contenders in turns, so that a drift of the machine meets all of them.
-
-    Each round calls every contender once and starts one place further on, so that none always follows the
-    same other one. The garbage collector rests during a call.
+    """Warm the contenders up, then time them in turns.
 
     Args:
         contenders: Whom to time.
@@ -236,31 +263,61 @@ def interleave(
     for contender in contenders:
         warm_ups.append(contender.warm_up())
         say(f"warmed up {contender.label} in {warm_ups[-1]:.1f} s")
-    wall: list[list[float]] = [[] for _ in contenders]
-    cpu: list[list[float]] = [[] for _ in contenders]
-    meter = LoadMeter()
-    for turn in range(repeats):
-        for place in range(len(contenders)):
-            chosen = (place + turn) % len(contenders)
-            seconds, processor = _time(contenders[chosen].run)
-            wall[chosen].append(seconds)
-            cpu[chosen].append(processor)
-        say(f"round {turn + 1} of {repeats}")
-    load = meter.read()
+    samples, load = take_turns([partial(timed, contender.run) for contender in contenders], repeats, say)
     timings = [
-        Timing(label=contender.label, warm_up_seconds=warm, wall=walls, cpu=cpus)
-        for contender, warm, walls, cpus in zip(contenders, warm_ups, wall, cpu, strict=True)
+        Timing(label=contender.label, warm_up_seconds=warm, wall=each.wall, cpu=each.cpu)
+        for contender, warm, each in zip(contenders, warm_ups, samples, strict=True)
     ]
     return Measurement(timings=timings, load=load)
 
 
-def _time(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall and processor seconds of one call."""
+Measure = Callable[[], tuple[float, float]]
+"""Makes one call; returns its wall and processor seconds."""
+
+
+def take_turns(
+    measures: Sequence[Measure],
+    repeats: int,
+    say: Callable[[str], None] = print,
+    own: Meter = time.process_time,
+) -> tuple[list[Samples], Load]:
+    """Measure in turns, so that a drift of the machine meets everyone.
+
+    Each round calls everyone once and starts one place further on, so that none always follows the same
+    other one.
+
+    Args:
+        measures: One per contender.
+        repeats: Rounds.
+        say: Told of the progress.
+        own: What counts as this program's own work, not others'.
+
+    Returns:
+        The samples of each, in the order given, and the machine's load meanwhile.
+    """
+    assert repeats >= 1
+    wall: list[list[float]] = [[] for _ in measures]
+    cpu: list[list[float]] = [[] for _ in measures]
+    meter = LoadMeter(own)
+    for turn in range(repeats):
+        for place in range(len(measures)):
+            chosen = (place + turn) % len(measures)
+            seconds, processor = measures[chosen]()
+            wall[chosen].append(seconds)
+            cpu[chosen].append(processor)
+        say(f"round {turn + 1} of {repeats}")
+    load = meter.read()
+    return [Samples(wall=walls, cpu=cpus) for walls, cpus in zip(wall, cpu, strict=True)], load
+
+
+def timed(run: Callable[[], object], meter: Meter = time.process_time) -> tuple[float, float]:
+    """Wall and processor seconds of one call; the garbage collector rests meanwhile."""
     gc.collect()
     gc.disable()
     try:
-        processor, wall = time.process_time(), time.perf_counter()
+        processor, wall = meter(), time.perf_counter()
         run()
-        return time.perf_counter() - wall, time.process_time() - processor
+        seconds = time.perf_counter() - wall
+        return seconds, meter() - processor
     finally:
         gc.enable()

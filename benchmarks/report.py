@@ -5,11 +5,11 @@ import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
-from benchmarks.harness import MIN_REPEATS, OURS, Load, Mode, Precision, Record, Timing
+from benchmarks.harness import MIN_REPEATS, OURS, Load, Mode, Precision, Record, Samples, Timing
 from data_pipeline.documents import Document
 
 
@@ -49,12 +49,32 @@ def speed_bar(
         reservation: Why the samples cannot decide, if so; makes the bar short.
     """
     if ours is None or theirs is None:
-        missing = "ours" if ours is None else "the peer"
-        return Bar(name=name, value=None, target=target, ok=False, measured=f"{missing} was not measured")
+        return missing_bar(name, target, "ours" if ours is None else "the peer")
     assert ours.label.batch == theirs.label.batch, "only equal batches are compared"
+    measured = f"{theirs.label} {theirs.median:.3f} s over {ours.label} {ours.median:.3f} s"
+    return ratio_bar(name, target, ours, theirs, measured, reservation)
+
+
+def missing_bar(name: str, target: float, missing: str) -> Bar:
+    """The bar about a contender that could not be measured: short."""
+    return Bar(name=name, value=None, target=target, ok=False, measured=f"{missing} was not measured")
+
+
+def ratio_bar(
+    name: str, target: float, ours: Samples, theirs: Samples, measured: str, reservation: str | None = None
+) -> Bar:
+    """Judge how many times as fast as another contender we are at the same work.
+
+    Args:
+        name: The bar's name.
+        target: Least ratio of their median wall seconds to ours.
+        ours: Our samples.
+        theirs: The other's.
+        measured: What the ratio is made of.
+        reservation: Why the samples cannot decide, if so; makes the bar short.
+    """
     value = theirs.median / ours.median
     repeats = min(len(ours.wall), len(theirs.wall))
-    measured = f"{theirs.label} {theirs.median:.3f} s over {ours.label} {ours.median:.3f} s"
     if repeats < MIN_REPEATS:
         reservation = f"{repeats} repeats decide nothing, {MIN_REPEATS} are needed"
     if reservation is not None:
@@ -271,7 +291,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def finish(result: Result, file: Path | None) -> None:
+class Finished(Protocol):
+    """What every benchmark's JSON file holds."""
+
+    @property
+    def loads(self) -> Sequence[Load]:
+        """The machine during each group of timed calls."""
+
+    @property
+    def bars(self) -> Sequence[Bar]:
+        """The claims."""
+
+    def to_json(self) -> bytes:
+        """The file's bytes."""
+
+
+def finish(result: Finished, file: Path | None) -> None:
     """Write the JSON file if one is wanted, and print what each bar was made from, then the bars."""
     if file is not None:
         file.write_bytes(result.to_json())

@@ -1,140 +1,137 @@
 """`ddpm data build`: a source of pictures -> shards, records and, last of all, the index.
 
-source -> encode (pure, one item at a time) -> shard writers -> `index.json`. Memory does not grow with
-the data set. Until `index.json` exists the folder is no data set: the marker `unfinished.json` says so,
-and a repeated build overwrites what the earlier one left.
+    source's places -> runs -> workers prepare them (`prepare`) -> packed in order (`packing`)
+                                                 -> workers write full shards (`shards`) -> `index.json`
+
+One process decides, in the order of the source, and holds no picture; the others do the work. Until
+`index.json` exists the folder is no data set: `unfinished.json` says so, and what the journal beside it tells
+to be done is not done again. The outcome is the same to the byte for any number of processes and kills.
 """
 
-import hashlib
 import itertools
+import json
+import logging
+import os
 import re
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
-from data_pipeline import geometry
-from data_pipeline.decode import DecodeError, open_image, to_channels
-from data_pipeline.documents import Document, canonical_json
-from data_pipeline.encoding import Encoding, kept_extension, png
+from data_pipeline.build_plan import BuildOptions, Plan, differences, make_plan
+from data_pipeline.documents import canonical_json
+from data_pipeline.duplicates import ContentSpool, report_duplicates
 from data_pipeline.errors import UserError
-from data_pipeline.geometry import Geometry, GeometryError
-from data_pipeline.index import INDEX_FILE, BuildRecord, GeometryRecord, Index, load_index_from
+from data_pipeline.index import INDEX_FILE, Index, ShardEntry, load_index_from
+from data_pipeline.journal import UNFINISHED_FILE, FinishedShard, Journal, Segment, Unfinished
+from data_pipeline.packing import PackedShard, Packer
+from data_pipeline.prepare import HASH_GROUP, SPLITS, Prepared, Run, part_path, prepare, source_sha256
 from data_pipeline.progress import Progress
-from data_pipeline.shards import ShardWriter, refuse_if_published
-from data_pipeline.sources import Item, Source
-from data_pipeline.storage import Storage
+from data_pipeline.scratch import ScratchFolder
+from data_pipeline.shards import write_shard
+from data_pipeline.sources import Source, Survey, runs
+from data_pipeline.storage import PROBE, Storage
+from data_pipeline.team import Pending, Team
+
+__all__ = ["REJECTED_FILE", "BuildOptions", "Grain", "build", "find_built"]
+
+log = logging.getLogger(__name__)
 
 REJECTED_FILE: Final = "rejected.jsonl"
-UNFINISHED_FILE: Final = "unfinished.json"
+_WORTH_A_PROCESS: Final = 2048
+"""Pictures: preparing fewer takes less time than starting the process."""
 _SHARD_FILE: Final = re.compile(r"shard-\d{6,}\.(tar|idx)")
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """The choices of a build; None leaves one to the source.
+class Grain:
+    """How finely the work is divided; the outcome does not depend on it.
 
     Attributes:
-        size: Side of the pictures in pixels. None: the source's own, which must be one for all.
-        geometry: How they get there. None: `none` at the source's own size, else `ddpm-lsun`.
-        encoding: See `Encoding`.
-        channels: 1 (grey) or 3 (RGB).
-        val_fraction: Share of pictures that go to the validation split, by content hash.
-        shard_bytes: Largest size of a shard.
-        max_rejected: Share of unreadable pictures that is tolerated; one always is.
-        name: Name of the data set; None: the source's.
+        run: Items that one process prepares at a time; a multiple of `HASH_GROUP`.
+        segment: Runs that are recorded together: after a kill at most so many are done again.
     """
 
-    size: int | None = None
-    geometry: Geometry | None = None
-    encoding: Encoding = Encoding.PNG
-    channels: int | None = None
-    val_fraction: float | None = None
-    shard_bytes: int = 8 << 20
-    max_rejected: float = 0.001
-    name: str | None = None
+    run: int = 256
+    segment: int = 16
+
+    def __post_init__(self) -> None:
+        if self.run < 1 or self.run % HASH_GROUP or self.segment < 1:
+            raise ValueError(f"run must be a multiple of {HASH_GROUP}, segment positive: {self}")
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The options with every default decided; `size` is None until the first picture was seen."""
+class _Worker:
+    """What each process holds."""
 
-    name: str
-    size: int | None
-    geometry: Geometry
-    encoding: Encoding
-    channels: int
-    build: BuildRecord
-    max_rejected: float
+    source: Source
+    plan: Plan
+    scratch: Path
+    storage: Storage
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    key: str
-    extension: str
-    payload: bytes
-    meta: bytes | None
-    is_val: bool
+class _MakeWorker:
+    source: Source
+    plan: Plan
+    scratch: Path
+    url: str
+
+    def __call__(self) -> _Worker:
+        return _Worker(self.source, self.plan, self.scratch, Storage(self.url))
 
 
 @dataclass(frozen=True)
-class _Rejected:
-    path: str
-    reason: str
+class _Prepare:
+    run: Run
+
+    def __call__(self, worker: _Worker) -> Prepared:
+        plan = worker.plan
+        return prepare(worker.source, self.run, plan.form, plan.build.val_fraction, worker.scratch)
 
 
-class _Unfinished(Document):
-    """`unfinished.json`: a build of ours is under way here or was broken off."""
+@dataclass(frozen=True)
+class _Write:
+    shard: PackedShard
+    claim: Unfinished
 
-    SCHEMA: ClassVar[str] = "unfinished/1"
-
-    name: str
-    kind: str
-
-
-class SourceHash:
-    """SHA-256 over keys, contents and meta data of a source's items, in order."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, item: Item) -> None:
-        """Take in the next item."""
-        content = hashlib.sha256(item.data).hexdigest()
-        self._hash.update(canonical_json([item.key, content, item.meta]) + b"\n")
-
-    def hexdigest(self) -> str:
-        """Return the hash of all items so far."""
-        return self._hash.hexdigest()
+    def __call__(self, worker: _Worker) -> ShardEntry:
+        Journal(worker.storage).check(self.claim)
+        return write_shard(self.shard, worker.scratch, worker.storage)
 
 
-def find_built(source: Source, out_url: str, options: BuildOptions) -> Index | None:
+def default_workers(source: Source) -> int:
+    """How many processes suit a source: all cores, but starting one must pay."""
+    enough = itertools.islice(source.places(), _WORTH_A_PROCESS * (os.cpu_count() or 1))
+    return min(os.cpu_count() or 1, max(1, sum(1 for _ in enough) // _WORTH_A_PROCESS))
+
+
+def find_built(source: Source, out_url: str, options: BuildOptions, *, workers: int = 1) -> Index | None:
     """Return the index if exactly this build is finished at `out_url`; None if no data set is there.
+
+    Reads and hashes the whole source to know.
 
     Raises:
         UserError: Another data set is there.
     """
-    plan, storage = _plan(source, options), Storage(out_url)
+    storage = Storage(out_url)
     if not storage.exists(INDEX_FILE):
         return None
     index = load_index_from(storage).index
-    found = index.geometry
-    wanted_and_found = {
-        "kind": (source.kind, index.kind),
-        "name": (plan.name, index.name),
-        "size": (plan.size or found.size, found.size),
-        "channels": (plan.channels, found.channels),
-        "geometry": (plan.geometry.value, found.name),
-        "encoding": (plan.encoding.value, index.encoding),
-        "build": (plan.build, index.build),
-    }
-    different = [key for key, (wanted, there) in wanted_and_found.items() if wanted != there]
+    plan = make_plan(source, options)
+    different = differences(plan, index)
     if not different:
-        fingerprint = SourceHash()
-        for item in source:
-            fingerprint.add(item)
-        if fingerprint.hexdigest() == index.source_sha256:
+        survey = source.survey()
+        with ScratchFolder("data-build", storage.url) as scratch:
+            make = _MakeWorker(source, plan, scratch.path, storage.url)
+            with Team(make, workers) as team, Progress("compare", survey.count, "img") as progress:
+                groups = bytearray()
+                nothing_to_fit = dict.fromkeys(SPLITS, survey.count)
+                for run in _prepared(team, source, 0, nothing_to_fit, Grain()):
+                    groups += run.groups
+                    progress.update(run.first + run.count)
+        if source_sha256(bytes(groups)) == index.source_sha256:
             return index
         different = ["the source's pictures"]
     raise UserError(
@@ -143,202 +140,222 @@ def find_built(source: Source, out_url: str, options: BuildOptions) -> Index | N
     )
 
 
-def build(source: Source, out_url: str, options: BuildOptions | None = None) -> Index:
-    """Build a data set; if the very same one is already there, leave it and return its index.
+def build(
+    source: Source,
+    out_url: str,
+    options: BuildOptions | None = None,
+    *,
+    workers: int = 1,
+    start_over: bool = False,
+    grain: Grain | None = None,
+) -> Index:
+    """Build a data set, or go on with a build that was killed; a finished one is left as it is.
 
     Args:
         source: The pictures.
         out_url: Folder or URL for the shards.
         options: The choices.
+        workers: Processes that do the work; with more than 1 a script that calls this needs the guard
+            `if __name__ == "__main__"`.
+        start_over: Throw away what another, unfinished build left at `out_url`.
+        grain: How finely the work is divided.
 
     Returns:
         The published index.
 
     Raises:
-        UserError: Bad options, no or too many unreadable pictures, an empty split, another data set or
-            foreign shards at `out_url`, or no space.
+        UserError: Bad options, no or too many unreadable pictures, an empty split, another data set,
+            another unfinished build or foreign shards at `out_url`, or no space.
+        StorageFault: The storage kept failing, or a process died: the same call goes on from there.
     """
     options = options or BuildOptions()
-    built = find_built(source, out_url, options)
+    storage = Storage(out_url)
+    built = find_built(source, out_url, options, workers=workers)
     if built is not None:
+        Journal(storage).clear()  # of a build that was killed right after its last step
         return built
-    plan, storage = _plan(source, options), Storage(out_url)
-    total = source.count()
-    if total == 0:
+    survey = source.survey()
+    if survey.count == 0:
         raise UserError(f"{source.name}: no pictures in it; name a folder that holds some")
-    if plan.size is None:
-        plan = _with_first_size(plan, source)
-    _claim(storage, source, plan)
-    return _Build(source, storage, plan, total).run()
-
-
-def _encode(item: Item, plan: _Plan) -> _Encoded | _Rejected:
-    """Bring one item into the form the shards hold. Pure, so that items may be encoded in parallel.
-
-    Raises:
-        UserError: The picture is sound but does not fit the options.
-    """
-    if item.problem:
-        return _Rejected(item.where, item.problem)
-    assert plan.size is not None
-    try:
-        image = open_image(item.data, upright=plan.encoding is Encoding.PNG)
-        flat = geometry.apply(plan.geometry, to_channels(image, plan.channels), plan.size)
-    except DecodeError as error:
-        return _Rejected(item.where, str(error))
-    except GeometryError as error:
-        raise UserError(
-            f"{item.where}: {error}; give --size N --geometry ddpm-lsun to crop and resize all pictures"
-        ) from error
-    if plan.encoding is Encoding.SOURCE:
-        extension, payload = kept_extension(item.data, image, item.where), item.data
-    else:
-        extension, payload = "png", png(flat)
-    share = int.from_bytes(hashlib.sha256(item.data).digest()[:8], "big") / 2**64
-    meta = canonical_json(item.meta) if item.meta else None
-    return _Encoded(item.key, extension, payload, meta, share < plan.build.val_fraction)
+    plan = make_plan(source, options)
+    with ScratchFolder("data-build", storage.url) as scratch:
+        scratch.empty()
+        made = _Build(source, survey, plan, storage, scratch.path, grain or Grain())
+        made.claim(start_over=start_over)
+        with Team(_MakeWorker(source, plan, scratch.path, storage.url), workers) as team:
+            made.write_shards(team)
+        return made.publish(options.max_rejected)
 
 
 class _Build:
-    """One build under way."""
+    """One build under way: what is known so far, in the order of the source."""
 
-    def __init__(self, source: Source, storage: Storage, plan: _Plan, total: int) -> None:
-        self._source, self._storage, self._plan, self._total = source, storage, plan, total
-        self._fingerprint = SourceHash()
-        self._rejected: list[_Rejected] = []
+    def __init__(
+        self, source: Source, survey: Survey, plan: Plan, storage: Storage, scratch: Path, grain: Grain
+    ) -> None:
+        self._source, self._plan, self._count, self._grain = source, plan, survey.count, grain
+        self._storage, self._scratch = storage, scratch
+        self._journal = Journal(storage)
+        self._identity = Unfinished(
+            name=plan.name,
+            kind=plan.kind,
+            plan={**plan.document(), "run": grain.run, "segment": grain.segment},
+            stamp=survey.stamp,
+        )
+        self._groups = bytearray()
+        self._contents = ContentSpool(scratch / "contents")
+        self._rejected: list[bytes] = []
+        self._told = 0  # the number of the item before which the journal tells everything
+        self._untold: list[Prepared] = []
+        self._shards: dict[str, list[FinishedShard]] = {}
+        self._writing: deque[tuple[PackedShard, Pending[ShardEntry]]] = deque()
+        self._unrecorded: list[FinishedShard] = []
+        self._parts: dict[str, deque[int]] = {split: deque() for split in SPLITS}
 
-    def run(self) -> Index:
-        """Write everything; the index last."""
-        numbers = itertools.count()
-        with tempfile.TemporaryDirectory(prefix="ddpm-build-") as scratch:
-            train, val = (
-                ShardWriter(self._storage, Path(scratch), self._plan.build.shard_bytes, numbers) for _ in "tv"
+    def claim(self, *, start_over: bool) -> None:
+        """Make the place ours before the first shard, and refuse one that holds foreign shards."""
+        names = self._storage.list()
+        if UNFINISHED_FILE not in names and any(_SHARD_FILE.fullmatch(name) for name in names):
+            raise UserError(
+                f"{self._storage.url}: holds shards without {INDEX_FILE} that this command did not write; "
+                "choose an empty place for --out"
             )
-            try:
-                for sample in self._samples():
-                    writer = val if sample.is_val else train
-                    writer.add(sample.key, sample.extension, sample.payload, sample.meta)
-                splits = {"train": train.close(), "val": val.close()}
-            finally:
-                train.abandon()
-                val.abandon()
-        self._report_rejected()
+        self._storage.prove_create_only()
+        self._journal.claim(self._identity, start_over=start_over)
+
+    def write_shards(self, team: Team[_Worker]) -> None:
+        """Write all shards."""
+        for segment in self._journal.segments():
+            self._take_in(segment)
+        self._shards = self._journal.shards(self._told)
+        covered = {split: done[-1].last + 1 if done else 0 for split, done in self._shards.items()}
+        begun = {split: [shard.first for shard in done] for split, done in self._shards.items()}
+        packer = Packer(self._plan.build.shard_bytes, begun)
+        segment_items = self._grain.run * self._grain.segment
+        first = min(covered.values()) // segment_items * segment_items
+        if self._told:
+            log.warning(
+                "%s: going on with an unfinished build at item %d", self._storage.url, max(covered.values())
+            )
+        with Progress("build", self._count, "img", start=first) as progress:
+            for run in _prepared(team, self._source, first, covered, self._grain):
+                self._tell(run)
+                for split in SPLITS:
+                    if len(run.samples[split]):
+                        self._parts[split].append(run.first)
+                self._write(packer.add(run), team)
+                progress.update(run.first + run.count, rejected=str(len(self._rejected)))
+            self._tell(None)
+            self._write(packer.finish(), team)
+            while self._writing:
+                self._finish_one()
+        assert not self._unrecorded, "every item is told of"
+
+    def publish(self, max_rejected: float) -> Index:
+        """Publish the index; report rejections and duplicates.
+
+        Raises:
+            UserError: Too many rejections, an empty split, or another build took over.
+        """
+        duplicates = report_duplicates(self._contents, self._source, self._storage)
+        self._report_rejected(max_rejected)
         index = Index(
             name=self._plan.name,
-            kind=self._source.kind,
-            source_sha256=self._fingerprint.hexdigest(),
-            geometry=self._geometry_record(),
-            encoding=self._plan.encoding.value,
+            kind=self._plan.kind,
+            source_sha256=source_sha256(bytes(self._groups)),
+            geometry=self._plan.geometry_record(),
+            encoding=str(self._plan.form.encoding),
             build=self._plan.build,
-            splits=splits,
+            splits={split: [shard.entry for shard in done] for split, done in self._shards.items()},
             rejected=len(self._rejected),
+            duplicates=duplicates,
+            kept=sum(shard.kept for done in self._shards.values() for shard in done),
+            classes=list(self._source.classes),
         )
-        for split in splits:
+        for split in SPLITS:
             if index.samples(split) == 0:
                 raise UserError(
-                    f"{self._source.name}: of {self._total} pictures none fell to the split {split!r}; "
+                    f"{self._source.name}: of {self._count} pictures none fell to the split {split!r}; "
                     "change --val-fraction or add pictures"
                 )
-        self._publish(index)
+        self._journal.check(self._identity)
+        ours = index.files()
+        for name in self._storage.list():
+            of_another_build = _SHARD_FILE.fullmatch(name) and name not in ours
+            if of_another_build or name.startswith(PROBE):
+                self._storage.delete(name)
+        if not self._storage.create(INDEX_FILE, index.to_json()):
+            raise UserError(f"{self._storage.url}: another build finished here first; choose another --out")
+        self._journal.clear()
         return index
 
-    def _samples(self) -> Iterator[_Encoded]:
-        """Encode all items; count and list the unreadable ones and stop when they are too many."""
-        allowed = max(1, int(self._plan.max_rejected * self._total))
-        with Progress("build", self._total, "img") as progress:
-            for done, item in enumerate(self._source, start=1):
-                self._fingerprint.add(item)
-                result = _encode(item, self._plan)
-                if isinstance(result, _Encoded):
-                    yield result
-                else:
-                    self._rejected.append(result)
-                    if len(self._rejected) > allowed:
-                        self._report_rejected()
-                        raise UserError(
-                            f"{result.path}: {result.reason}; it is unreadable picture number "
-                            f"{len(self._rejected)} and at most {allowed} of {self._total} may be "
-                            f"(all in {self._storage.url}/{REJECTED_FILE}); mend or remove them"
-                        )
-                progress.update(done, rejected=str(len(self._rejected)))
+    def _tell(self, run: Prepared | None) -> None:
+        """Record what was found out about items, a segment at a time; None: there are no more."""
+        if run is not None and run.first >= self._told + sum(each.count for each in self._untold):
+            self._untold.append(run)
+        if self._untold and (run is None or len(self._untold) == self._grain.segment):
+            segment = Segment.of(self._untold)
+            self._journal.add_segment(segment)
+            self._untold.clear()
+            self._take_in(segment)
+            self._record_shards()
 
-    def _report_rejected(self) -> None:
+    def _take_in(self, segment: Segment) -> None:
+        self._told = segment.stop
+        self._groups += segment.groups
+        self._contents.add(segment.contents)
+        for row in segment.rejected:
+            self._rejected.append(canonical_json({"schema": "rejected/1", **row.model_dump()}) + b"\n")
+
+    def _write(self, shards: list[PackedShard], team: Team[_Worker]) -> None:
+        """Have shards written, before anything else is prepared; do not let too many pile up."""
+        for shard in shards:
+            self._writing.append((shard, team.start(_Write(shard, self._identity), next_in_line=True)))
+        most = 2 * team.size if team.size > 1 else 0
+        while self._writing and (self._writing[0][1].done or len(self._writing) > most):
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        """Wait for the shard that was begun first."""
+        shard, pending = self._writing.popleft()
+        finished = FinishedShard.of(shard, pending.result())
+        self._shards[shard.split].append(finished)
+        self._unrecorded.append(finished)
+        self._record_shards()
+        parts = self._parts[shard.split]
+        while parts[0] < shard.pieces[-1].run:  # the last one may go on in the next shard
+            part_path(self._scratch, shard.split, parts.popleft()).unlink()
+
+    def _record_shards(self) -> None:
+        ready = [shard for shard in self._unrecorded if shard.last < self._told]
+        self._unrecorded = [shard for shard in self._unrecorded if shard.last >= self._told]
+        for shard in ready:
+            self._journal.add_shard(shard)
+
+    def _report_rejected(self, max_rejected: float) -> None:
         if not self._rejected:
             self._storage.delete(REJECTED_FILE)  # an earlier, broken-off build may have left one
             return
-        rows = ({"schema": "rejected/1", "path": r.path, "reason": r.reason} for r in self._rejected)
-        self._storage.write(REJECTED_FILE, b"".join(canonical_json(row) + b"\n" for row in rows))
-
-    def _geometry_record(self) -> GeometryRecord:
-        assert self._plan.size is not None
-        return GeometryRecord(
-            name=self._plan.geometry.value,
-            size=self._plan.size,
-            channels=self._plan.channels,
-            versions=geometry.library_versions(),
-        )
-
-    def _publish(self, index: Index) -> None:
-        refuse_if_published(self._storage)
-        entries = [entry for shards in index.splits.values() for entry in shards]
-        ours = {name for entry in entries for name in (entry.name, entry.idx_name)}
-        for name in self._storage.list():
-            if _SHARD_FILE.fullmatch(name) and name not in ours:
-                self._storage.delete(name)  # of a broken-off build with more shards
-        if not self._storage.create(INDEX_FILE, index.to_json()):
-            raise UserError(f"{self._storage.url}: another build finished here first; choose another --out")
-        self._storage.delete(UNFINISHED_FILE)
-
-
-def _plan(source: Source, options: BuildOptions) -> _Plan:
-    """Decide every default and refuse impossible choices."""
-    size = options.size if options.size is not None else source.native_size
-    channels = options.channels if options.channels is not None else source.default_channels
-    fraction = options.val_fraction if options.val_fraction is not None else source.default_val_fraction
-    as_it_is = size is None or size == source.native_size or options.encoding is Encoding.SOURCE
-    chosen = options.geometry or (Geometry.NONE if as_it_is else Geometry.DDPM_LSUN)
-    if size is not None and size < 1:
-        raise UserError(f"--size {size}: not a positive number of pixels")
-    if channels not in (1, 3):
-        raise UserError(f"--channels {channels}: only 1 (grey) and 3 (RGB)")
-    if not 0.0 < fraction < 1.0:
-        raise UserError(f"--val-fraction {fraction}: must lie between 0 and 1, e.g. 0.05")
-    if options.shard_bytes < 1:
-        raise UserError(f"--shard-bytes {options.shard_bytes}: not a positive number of bytes")
-    if not 0.0 <= options.max_rejected <= 1.0:
-        raise UserError(f"--max-rejected {options.max_rejected}: must lie between 0 and 1")
-    if size is None and chosen is not Geometry.NONE:
-        raise UserError(f"--geometry {chosen}: needs --size")
-    if options.encoding is Encoding.SOURCE and chosen is not Geometry.NONE:
-        raise UserError(f"--encoding source: keeps the bytes, so --geometry {chosen} cannot apply; use png")
-    name = options.name or source.name
-    record = BuildRecord(val_fraction=fraction, shard_bytes=options.shard_bytes)
-    return _Plan(name, size, chosen, options.encoding, channels, record, options.max_rejected)
-
-
-def _with_first_size(plan: _Plan, source: Source) -> _Plan:
-    """Take the size of the source's first readable picture."""
-    for item in source:
-        try:
-            image = open_image(item.data, upright=plan.encoding is Encoding.PNG)
-        except DecodeError:
-            continue  # the build itself will count and report it
-        if image.width != image.height:
+        self._storage.write(REJECTED_FILE, b"".join(self._rejected))
+        allowed = max(1, int(max_rejected * self._count))
+        if len(self._rejected) > allowed:
+            row = json.loads(self._rejected[0])
             raise UserError(
-                f"{item.where}: {image.width} x {image.height} pixels is no square; "
-                "give --size N to crop and resize all pictures"
+                f"{len(self._rejected)} of {self._count} pictures are unreadable, at most {allowed} may be; "
+                f"first {row['path']}: {row['reason']} (all in {self._storage.url}/{REJECTED_FILE}); "
+                "mend or remove them and add --start-over, or allow more by --max-rejected"
             )
-        return replace(plan, size=image.width)
-    raise UserError(f"{source.name}: none of its pictures can be read; are they pictures?")
 
 
-def _claim(storage: Storage, source: Source, plan: _Plan) -> None:
-    """Mark the place as ours before the first shard, and refuse one that holds foreign shards."""
-    storage.prove_create_only()
-    names = storage.list()
-    if UNFINISHED_FILE not in names and any(_SHARD_FILE.fullmatch(name) for name in names):
-        raise UserError(
-            f"{storage.url}: holds shards without {INDEX_FILE} that this command did not write; "
-            "choose an empty place for --out"
-        )
-    storage.write(UNFINISHED_FILE, _Unfinished(name=plan.name, kind=source.kind).to_json())
+def _prepared(
+    team: Team[_Worker], source: Source, first: int, covered: Mapping[str, int], grain: Grain
+) -> Iterator[Prepared]:
+    """Prepare the runs from item `first` on; give them in order."""
+    pending: deque[Pending[Prepared]] = deque()
+    places = itertools.islice(source.places(), first, None)
+    for number, run in enumerate(runs(places, grain.run)):
+        pending.append(team.start(_Prepare(Run(first + number * grain.run, run, covered))))
+        if len(pending) > 2 * (team.size - 1):
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

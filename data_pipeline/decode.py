@@ -1,17 +1,20 @@
 """Picture bytes -> uint8 pixels. The format is told by magic bytes, never by a file name.
 
-JPEG goes through libjpeg-turbo by way of simplejpeg, which is faster than Pillow; everything else and every
-odd JPEG goes through Pillow. Both give the same pixels bit for bit: which decoder ran never shows.
+JPEG goes through libjpeg-turbo by way of simplejpeg, which is faster than Pillow; NumPy's files are taken as
+they lie; everything else and every odd JPEG goes through Pillow. Both JPEG decoders give the same pixels bit
+for bit: which one ran never shows.
 """
 
 import io
+import re
 import struct
 import zlib
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -23,6 +26,7 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Not all Pillow knows: some of its readers start other programs (EPS) or have no place in a data set."""
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_NPY_MAGIC = b"\x93NUMPY"
 _MAGIC = (
     (0, _JPEG_MAGIC, "jpg"),
     (0, b"\x89PNG\r\n\x1a\n", "png"),
@@ -33,6 +37,7 @@ _MAGIC = (
     (0, b"MM\x00*", "tiff"),
     (0, b"P5", "pgm"),
     (0, b"P6", "ppm"),
+    (0, _NPY_MAGIC, "npy"),
 )
 # What Pillow's and libjpeg's parsers raise on damaged input.
 _DECODER_ERRORS = (
@@ -49,10 +54,45 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture with that EXIF orientation upright."""
+
+_NPY_HEADER_LIMIT: Final = 4096
+# A Python dict in text form, read without evaluating it; possessive, so that no text takes long to refuse.
+_NPY_HEADER: Final = re.compile(
+    rb"\s*+\{(?:\s*+(?:"
+    rb"'descr'\s*+:\s*+'(?P<type>[^']*+)'"
+    rb"|'fortran_order'\s*+:\s*+(?P<fortran>True|False)"
+    rb"|'shape'\s*+:\s*+\((?P<shape>[^)]*+)\)"
+    rb")\s*+,?)*+\s*+\}\s*+"
+)
+_NPY_SHAPE: Final = re.compile(rb"\s*+(\d{1,9})\s*+,\s*+(\d{1,9})\s*+(?:,\s*+([13])\s*+)?+,?\s*+")
 
 
 class DecodeError(ValueError):
     """These bytes give no usable picture; the message is the reason, fit for a report."""
+
+
+class NpyLayout(NamedTuple):
+    """Where the pixels of a NumPy file lie: uint8 [height, width, channels] from byte `offset` on."""
+
+    height: int
+    width: int
+    channels: int
+    offset: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of a whole file of this layout."""
+        return self.offset + self.height * self.width * self.channels
 
 
 def sniff(head: bytes) -> str | None:
@@ -63,8 +103,24 @@ def sniff(head: bytes) -> str | None:
     return None
 
 
+def open_header(data: bytes) -> Image.Image:
+    """Open a picture with Pillow; its pixels are not decoded before they are asked for.
+
+    Raises:
+        DecodeError: Not a picture, damaged so that it shows already, or larger than `MAX_PIXELS`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    except UnidentifiedImageError as error:
+        raise DecodeError("empty file" if not data else "not a picture of any known format") from error
+    except _DECODER_ERRORS as error:
+        raise _damaged(error) from error
+    _check_pixels(image.width, image.height)
+    return image
+
+
 def open_image(data: bytes, *, upright: bool = False) -> Image.Image:
-    """Open and fully load a picture with Pillow (of an animation, the first frame).
+    """Open and fully load a picture (of an animation, the first frame).
 
     Args:
         data: The file's bytes.
@@ -73,20 +129,25 @@ def open_image(data: bytes, *, upright: bool = False) -> Image.Image:
     Raises:
         DecodeError: Not a picture, damaged, or larger than `MAX_PIXELS`.
     """
+    if data.startswith(_NPY_MAGIC):
+        array = _decode_npy(data)
+        return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    image = open_header(data)
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-        _check_pixels(image.width, image.height)
         image.load()
-        if upright:
-            image = ImageOps.exif_transpose(image)
-    except DecodeError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DecodeError("empty file" if not data else "not a picture of any known format") from error
     except _DECODER_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DecodeError(f"damaged picture: {reason}") from error
-    return image
+        raise _damaged(error) from error
+    turn = _TURNS.get(orientation(image)) if upright else None
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return a picture's EXIF orientation, 1 … 8: 1 is upright, and so is one whose EXIF makes no sense."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return int(value) if value in _TURNS else 1
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -121,16 +182,57 @@ def decode(data: bytes, channels: int) -> UInt8Array:
         channels: 1 for grey, 3 for RGB; other pictures are converted as by `to_channels`.
 
     Returns:
-        uint8 [H, W, channels], values 0 … 255, bit-equal to Pillow's decoder.
+        uint8 [H, W, channels], values 0 … 255, bit-equal to Pillow's decoder; it may be read-only.
 
     Raises:
         DecodeError: Not a picture, damaged, or too large.
     """
+    array: UInt8Array | None = None
     if data.startswith(_JPEG_MAGIC):
         array = _decode_jpeg(data, channels)
-        if array is not None:
-            return array
+    elif data.startswith(_NPY_MAGIC):
+        array = _to_wider(_decode_npy(data), channels)
+    if array is not None:
+        return array
     return pixels(to_channels(open_image(data), channels))
+
+
+def npy_layout(data: bytes) -> NpyLayout:
+    """Read the header of a NumPy file (`.npy`) that holds one picture.
+
+    Raises:
+        DecodeError: Not uint8 [H, W], [H, W, 1] or [H, W, 3] in C order, larger than `MAX_PIXELS`,
+            or no sound header.
+    """
+    if data[6:7] == b"\x01":
+        length, start = int.from_bytes(data[8:10], "little"), 10
+    else:  # versions 2 and 3
+        length, start = int.from_bytes(data[8:12], "little"), 12
+    offset = start + length
+    found = _NPY_HEADER.fullmatch(data, start, offset) if length <= _NPY_HEADER_LIMIT else None
+    if found is None or offset > len(data) or None in found.groups():
+        raise DecodeError("NumPy file whose header tells of no plain array")
+    kind, fortran, shape = found.groups()
+    if kind.lstrip(b"|<>=") != b"u1":
+        raise DecodeError(f"NumPy file of type {kind[:20].decode('ascii', 'replace')!r}, not uint8")
+    if fortran == b"True":
+        raise DecodeError("NumPy file in Fortran order")
+    sides = _NPY_SHAPE.fullmatch(shape)
+    height, width, channels = (int(side or 1) for side in sides.groups()) if sides else (0, 0, 0)
+    if height * width == 0:
+        text = shape[:40].decode("ascii", "replace")
+        raise DecodeError(f"NumPy file of shape ({text}), which is no picture [H, W], [H, W, 1] or [H, W, 3]")
+    _check_pixels(width, height)
+    return NpyLayout(height, width, channels, offset)
+
+
+def _decode_npy(data: bytes) -> UInt8Array:
+    """Return the pixels of a NumPy file where they lie, uint8 [H, W, C]."""
+    layout = npy_layout(data)
+    if len(data) < layout.file_bytes:
+        raise DecodeError(f"damaged picture: {len(data)} bytes of a NumPy file of {layout.file_bytes}")
+    shape = layout.height, layout.width, layout.channels
+    return np.frombuffer(data, np.uint8, layout.file_bytes - layout.offset, layout.offset).reshape(shape)
 
 
 def _decode_jpeg(data: bytes, channels: int) -> UInt8Array | None:
@@ -139,8 +241,7 @@ def _decode_jpeg(data: bytes, channels: int) -> UInt8Array | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_pixels(width, height)
         if colorspace == "Gray":
-            grey = np.asarray(simplejpeg.decode_jpeg(data, colorspace="GRAY"), dtype=np.uint8)
-            return grey if channels == 1 else np.repeat(grey, 3, axis=2)
+            return _to_wider(np.asarray(simplejpeg.decode_jpeg(data, colorspace="GRAY"), np.uint8), channels)
         if colorspace == "YCbCr" and channels == 3:
             return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB"), dtype=np.uint8)
     except DecodeError:
@@ -150,6 +251,18 @@ def _decode_jpeg(data: bytes, channels: int) -> UInt8Array | None:
     return None  # CMYK, RGB-coded, or colour wanted as grey: not the decoder's luma but Pillow's
 
 
+def _to_wider(array: UInt8Array, channels: int) -> UInt8Array | None:
+    """Repeat grey to RGB if wanted; None for colour wanted as grey, which is Pillow's work."""
+    if array.shape[2] == channels:
+        return array
+    return np.repeat(array, 3, axis=2) if channels == 3 else None
+
+
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise DecodeError(f"{width} x {height} pixels is more than the limit of {MAX_PIXELS}")
+
+
+def _damaged(error: BaseException) -> DecodeError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DecodeError(f"damaged picture: {reason}")

@@ -5,6 +5,7 @@ bytes lie and what their checksum is. `docs/format.md` describes both.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
@@ -19,6 +20,9 @@ from data_pipeline.storage import Storage
 INDEX_FILE: Final = "index.json"
 TRIES: Final = 3
 """Independent reads of bytes whose checksum is wrong before they count as damaged in the store."""
+
+TAR_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]{0,195}\.tar")
+"""What a shard may be called: names that mean the same in every file system, URL and shell."""
 
 RECORD: Final = np.dtype(
     [
@@ -41,9 +45,9 @@ class _Part(BaseModel):
 
 
 class ShardEntry(_Part):
-    """One shard: `name` ("shard-000000.tar") with its record file beside it ("shard-000000.idx")."""
+    """One shard: `name` ("shard-000000.tar", or what an adopted tar is called), its record file beside it."""
 
-    name: str = Field(pattern=r"^shard-\d{6,}\.tar$")
+    name: str = Field(pattern=f"^{TAR_NAME.pattern}$")
     bytes: int = Field(ge=0)
     sha256: str
     samples: int = Field(ge=0)
@@ -58,7 +62,7 @@ class ShardEntry(_Part):
 
     @property
     def idx_name(self) -> str:
-        """Name of the record file."""
+        """Name of the record file: "shard-000000.idx"."""
         return self.name.removesuffix(".tar") + ".idx"
 
 
@@ -74,7 +78,8 @@ class GeometryRecord(_Part):
 class BuildRecord(_Part):
     """The remaining choices of a build, kept so that the same build is recognised."""
 
-    val_fraction: float
+    val_fraction: float | None
+    """None: the source's own division."""
     shard_bytes: int
 
 
@@ -84,12 +89,15 @@ class Index(Document):
     Attributes:
         name: Name of the data set, for people.
         kind: Kind of source it was built from, e.g. "digits".
-        source_sha256: SHA-256 over the keys and contents of all source items, in order.
+        source_sha256: SHA-256 over the keys, contents and meta data of all source items, in order.
         geometry: Shape of every picture.
-        encoding: "png" (re-encoded without loss) or "source" (the source's own bytes).
+        encoding: See `encoding.Encoding`.
         build: Further choices of the build; None if the shards were not built here.
         splits: Shards of "train" and of "val", in order; one numbering over both.
         rejected: Unreadable pictures left out, listed in `rejected.jsonl`.
+        duplicates: Pictures equal to an earlier one, listed in `duplicates.jsonl`; they are not left out.
+        kept: Samples that hold the source's own bytes.
+        classes: Names of the classes, by label number; empty if there are none.
     """
 
     SCHEMA: ClassVar[str] = "index/1"
@@ -102,10 +110,18 @@ class Index(Document):
     build: BuildRecord | None = None
     splits: dict[str, list[ShardEntry]]
     rejected: int = Field(ge=0)
+    duplicates: int = Field(default=0, ge=0)
+    kept: int = Field(default=0, ge=0)
+    classes: list[str] = Field(default_factory=list)
 
     def samples(self, split: str) -> int:
         """Return how many pictures a split holds."""
         return sum(entry.samples for entry in self.splits[split])
+
+    def files(self) -> set[str]:
+        """Return the names of all files that belong to the data set, beside `index.json`."""
+        entries = [entry for shards in self.splits.values() for entry in shards]
+        return {name for entry in entries for name in (entry.name, entry.idx_name)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Looking into a finished data set: verification, statistics, a contact sheet, the order."""
+"""Looking into a finished data set: a summary, statistics, a contact sheet, the order."""
 
-import hashlib
+import json
 import math
+from collections import Counter
+from collections.abc import Iterator
 from typing import ClassVar
 
 import google_crc32c
@@ -9,13 +11,12 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from data_pipeline.decode import DecodeError, UInt8Array, decode
+from data_pipeline.decode import UInt8Array
 from data_pipeline.documents import Document
 from data_pipeline.errors import StorageFault
-from data_pipeline.index import LoadedIndex, ShardEntry, load_index, load_records
+from data_pipeline.index import TRIES, LoadedIndex, Records, load_index, load_records
 from data_pipeline.order import Order
-from data_pipeline.progress import Progress
-from data_pipeline.reader import ShardReader
+from data_pipeline.reader import ShardReader, coalesce
 from data_pipeline.stream import read_split
 
 
@@ -34,22 +35,24 @@ class BuildReport(Document):
     rejected: int
     ignored: int
     already_built: bool
-
-
-class VerifyReport(Document):
-    """What `verify` found; `problems` is empty for a sound data set."""
-
-    SCHEMA: ClassVar[str] = "data-verify/1"
-
-    url: str
-    index_sha256: str
-    shards: int
-    samples: int
-    problems: list[str]
+    duplicates: int = 0
+    kept: int = 0
 
 
 class SplitStats(BaseModel):
-    """Numbers of one split; `mean` and `std` (0 … 255) per channel over the first `pixels_of` pictures."""
+    """Numbers of one split.
+
+    Attributes:
+        shards: How many.
+        samples: Pictures.
+        bytes: Of all its tars.
+        pixels_of: Pictures that were looked at: the first ones, as many as asked for.
+        mean: By channel, of their pixels (0 … 255).
+        std: Deviation, by channel.
+        picture_bytes: Mean size of their files.
+        labelled: Those among them with a class number in their meta data.
+        labels: How many of each class, by name, or by number where the class has no name.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -59,6 +62,9 @@ class SplitStats(BaseModel):
     pixels_of: int
     mean: list[float]
     std: list[float]
+    picture_bytes: float
+    labelled: int
+    labels: dict[str, int]
 
 
 class StatsReport(Document):
@@ -75,11 +81,14 @@ class StatsReport(Document):
     channels: int
     encoding: str
     rejected: int
+    duplicates: int
+    kept: int
+    classes: list[str]
     splits: dict[str, SplitStats]
 
 
 class OrderRow(BaseModel):
-    """Where one stream position lies."""
+    """Where one stream position lies; `key` is None if it was not asked for."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -87,7 +96,7 @@ class OrderRow(BaseModel):
     epoch: int
     shard: str
     member: int
-    key: str
+    key: str | None
 
 
 class OrderReport(Document):
@@ -128,76 +137,13 @@ def summarise(url: str, *, already_built: bool, ignored: int) -> BuildReport:
         rejected=index.rejected,
         ignored=ignored,
         already_built=already_built,
+        duplicates=index.duplicates,
+        kept=index.kept,
     )
-
-
-def verify(loaded: LoadedIndex) -> VerifyReport:
-    """Read every byte of a data set and check it: sizes, SHA-256, every CRC32C, every picture.
-
-    One shard is in memory at a time. Nothing found is raised; it is listed with its shard and member.
-    """
-    problems: list[str] = []
-    entries = [entry for shards in loaded.index.splits.values() for entry in shards]
-    total = sum(entry.samples for entry in entries)
-    done = 0
-    with Progress("verify", total, "img") as progress:
-        for entry in entries:
-            problems.extend(f"{entry.name}: {problem}" for problem in _verify_shard(loaded, entry))
-            done += entry.samples
-            progress.update(done, problems=str(len(problems)))
-    return VerifyReport(
-        url=loaded.storage.url,
-        index_sha256=loaded.sha256,
-        shards=len(entries),
-        samples=total,
-        problems=problems,
-    )
-
-
-def _verify_shard(loaded: LoadedIndex, entry: ShardEntry) -> list[str]:
-    try:
-        records = load_records(loaded, entry.name)
-        data = loaded.storage.read(entry.name)
-    except FileNotFoundError:
-        return ["missing"]
-    except StorageFault as fault:
-        return [str(fault)]
-    problems = []
-    if len(data) != entry.bytes:
-        problems.append(f"{len(data)} bytes, the index says {entry.bytes}")
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        problems.append("SHA-256 differs from the index")
-    for member, record in enumerate(records):
-        problem = _verify_member(loaded, data, record)
-        if problem:
-            problems.append(f"member {member}: {problem}")
-    return problems
-
-
-def _verify_member(loaded: LoadedIndex, shard: bytes, record: np.void) -> str:
-    """Return what is wrong with one member; empty if nothing is."""
-    if not _crc_matches(shard, record, "meta_"):
-        return "meta data has a wrong CRC32C"
-    if not _crc_matches(shard, record, ""):
-        return "picture has a wrong CRC32C"
-    start, size = int(record["offset"]), int(record["size"])
-    geometry = loaded.index.geometry
-    try:
-        shape = decode(shard[start : start + size], geometry.channels).shape
-    except DecodeError as error:
-        return str(error)
-    if shape[:2] != (geometry.size, geometry.size):
-        return f"{shape[1]} x {shape[0]} pixels, the index says {geometry.size} x {geometry.size}"
-    return ""
-
-
-def _crc_matches(shard: bytes, record: np.void, prefix: str) -> bool:
-    start, size = int(record[prefix + "offset"]), int(record[prefix + "size"])
-    return bool(google_crc32c.value(shard[start : start + size]) == int(record[prefix + "crc32c"]))
 
 
 def stats(loaded: LoadedIndex, *, limit: int) -> StatsReport:
-    """Count a data set and measure the pixels of the first `limit` pictures of each split.
+    """Count a data set and look at the first `limit` pictures of each split: their pixels, sizes, labels.
 
     Raises:
         StorageFault: Damaged shards.
@@ -213,6 +159,9 @@ def stats(loaded: LoadedIndex, *, limit: int) -> StatsReport:
         channels=geometry.channels,
         encoding=loaded.index.encoding,
         rejected=loaded.index.rejected,
+        duplicates=loaded.index.duplicates,
+        kept=loaded.index.kept,
+        classes=loaded.index.classes,
         splits={split: _split_stats(loaded, split, limit) for split in loaded.index.splits},
     )
 
@@ -232,6 +181,11 @@ def _split_stats(loaded: LoadedIndex, split: str, limit: int) -> SplitStats:
     pixels = max(pictures * size * size, 1)
     mean = sums / pixels
     entries = loaded.shards(split)
+    picture_bytes, labels = 0, Counter[int]()
+    for shard, records in _first_records(loaded, split, limit):
+        picture_bytes += int(records["size"].sum(dtype=np.int64))
+        labels.update(_labels(loaded, shard, records))
+    classes = dict(enumerate(loaded.index.classes))
     return SplitStats(
         shards=len(entries),
         samples=sum(entry.samples for entry in entries),
@@ -239,27 +193,93 @@ def _split_stats(loaded: LoadedIndex, split: str, limit: int) -> SplitStats:
         pixels_of=pictures,
         mean=mean.tolist(),
         std=np.sqrt(np.maximum(squares / pixels - mean * mean, 0.0)).tolist(),
+        picture_bytes=picture_bytes / max(pictures, 1),
+        labelled=labels.total(),
+        labels={classes.get(label, str(label)): count for label, count in sorted(labels.items())},
     )
 
 
+def _first_records(loaded: LoadedIndex, split: str, limit: int) -> Iterator[tuple[str, Records]]:
+    """Iterate shards and their records, up to `limit` records in all."""
+    for entry in loaded.shards(split):
+        if limit <= 0:
+            return
+        records = load_records(loaded, entry.name)[:limit]
+        limit -= len(records)
+        yield entry.name, records
+
+
+def _labels(loaded: LoadedIndex, shard: str, records: Records) -> Iterator[int]:
+    """Iterate the class numbers that the meta data of some members tell."""
+    records = records[records["meta_size"] > 0]
+    starts = records["meta_offset"].astype(np.int64)
+    stops = starts + records["meta_size"].astype(np.int64)
+    for group in coalesce(starts, stops):
+        for data in _read_metas(loaded, shard, records[group]):
+            try:
+                meta = json.loads(data)
+            except ValueError:  # of an adopted tar: JSON by name only
+                continue
+            label = meta.get("label") if isinstance(meta, dict) else None
+            if isinstance(label, int) and not isinstance(label, bool):
+                yield label
+
+
+def _read_metas(loaded: LoadedIndex, shard: str, records: Records) -> list[bytes]:
+    """Read neighbouring meta data by one request, checked."""
+    first = int(records["meta_offset"].min())
+    places = [(int(record["meta_offset"]) - first, int(record["meta_size"])) for record in records]
+    stop = max(start + size for start, size in places)
+    for _ in range(TRIES):
+        try:
+            data = loaded.storage.read_range(shard, first, first + stop)
+        except FileNotFoundError:
+            break
+        metas = [data[start : start + size] for start, size in places]
+        if [google_crc32c.value(meta) for meta in metas] == records["meta_crc32c"].tolist():
+            return metas
+    raise StorageFault(f"{loaded.storage.url}/{shard}: missing or damaged; see `ddpm data verify`")
+
+
 def order_of(
-    loaded: LoadedIndex, *, split: str, seed: int, window_shards: int, position: int, count: int
+    loaded: LoadedIndex,
+    *,
+    split: str,
+    seed: int,
+    window_shards: int,
+    start: int,
+    count: int,
+    with_keys: bool = False,
 ) -> OrderReport:
-    """Tell which pictures stand at `count` stream positions from `position` on.
+    """Tell which pictures stand at `count` stream positions from `start` on; the index alone tells it.
+
+    Args:
+        loaded: The data set.
+        split: "train" or "val".
+        seed: Of the order.
+        window_shards: See `Order`.
+        start: First stream position.
+        count: How many.
+        with_keys: Name the pictures too, which stands in the shards.
 
     Raises:
         UserError: No such split, or an empty one.
+        StorageFault: Keys are wanted, and a shard is missing or damaged.
     """
     entries = loaded.shards(split)
     order = Order([entry.samples for entry in entries], seed, window_shards)
-    reader = ShardReader(loaded, split)
-    positions = np.arange(position, position + count, dtype=np.int64)
+    reader = ShardReader(loaded, split) if with_keys else None
+    positions = np.arange(start, start + count, dtype=np.int64)
     shards, members = order.locate(positions)
     rows = [
         OrderRow(
-            position=p, epoch=p // order.epoch_size, shard=entries[s].name, member=m, key=reader.key(s, m)
+            position=position,
+            epoch=position // order.epoch_size,
+            shard=entries[shard].name,
+            member=member,
+            key=None if reader is None else reader.key(shard, member),
         )
-        for p, s, m in zip(positions.tolist(), shards.tolist(), members.tolist(), strict=True)
+        for position, shard, member in zip(positions.tolist(), shards.tolist(), members.tolist(), strict=True)
     ]
     return OrderReport(
         url=loaded.storage.url,

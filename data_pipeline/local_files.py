@@ -40,6 +40,10 @@ class LocalFiles:
 
         self._publish(path, copy, os.replace)
 
+    def fill(self, path: str, fill: Callable[[BinaryIO], object], scratch: Path) -> None:
+        """Write a file piece by piece where it belongs; no scratch is needed."""
+        self._publish(path, fill, os.replace)
+
     def list(self, path: str) -> list[str]:
         """Names of the immediate children, sorted; empty if the folder is absent."""
         try:

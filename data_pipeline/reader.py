@@ -133,7 +133,8 @@ class ShardReader:
             name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
         except tarfile.HeaderError as error:
             raise StorageFault(f"{self.where(shard, member)}: its tar header is damaged ({error})") from error
-        return name.partition(".")[0]
+        folder, slash, base = name.rpartition("/")
+        return folder + slash + base.partition(".")[0]
 
     def where(self, shard: int, member: int) -> str:
         """Name a member for a message: URL of the shard and member number."""

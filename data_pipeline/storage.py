@@ -11,10 +11,11 @@ Credentials and endpoints come from the store's standard chain only (for S3: `AW
 import asyncio
 import errno
 import logging
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, BinaryIO, Final, Protocol, TypeVar
 
 import aiohttp
 import botocore.exceptions
@@ -26,7 +27,11 @@ from data_pipeline.local_files import LocalFiles
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Fill = Callable[[BinaryIO], object]
+"""Writes a file's content."""
 
+PROBE: Final = "create-only-probe-"
+"""Start of the names of files that a kill in `prove_create_only` leaves behind."""
 _S3_CONFIG: Final = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1}}
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _USER_ERRNO: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
@@ -54,6 +59,9 @@ class Backend(Protocol):
 
     def upload(self, path: str, local_file: Path) -> None:
         """Copy a local file here, replacing an old one."""
+
+    def fill(self, path: str, fill: Fill, scratch: Path) -> None:
+        """Write a large file piece by piece, replacing an old one; see `Storage.fill`."""
 
     def list(self, path: str) -> list[str]:
         """Names of the immediate children, sorted; empty if the folder is absent."""
@@ -89,6 +97,13 @@ class RemoteFiles:
     def upload(self, path: str, local_file: Path) -> None:
         """Put a local file, in several parts when it is large."""
         self._fs.put_file(str(local_file), path)
+
+    def fill(self, path: str, fill: Fill, scratch: Path) -> None:
+        """Fill a local file, then put it: a fault on the way never shows as a shorter object."""
+        with tempfile.NamedTemporaryFile(dir=scratch) as file:
+            fill(file)  # type: ignore[arg-type]
+            file.flush()
+            self.upload(path, Path(file.name))
 
     def list(self, path: str) -> list[str]:
         """Names of the immediate children; a store without such a prefix answers nothing."""
@@ -225,6 +240,16 @@ class Storage:
         """Copy a local file here (multipart when large), replacing an old one."""
         self._attempt(path, lambda full: self._backend.upload(full, local_file))
 
+    def fill(self, path: str, fill: Fill, scratch: Path) -> None:
+        """Write a large file piece by piece, replacing an old one; readers see all of it or nothing.
+
+        Args:
+            path: Where to.
+            fill: Writes the content to an open file; called again after a fault.
+            scratch: A local folder for the file on its way to a remote storage.
+        """
+        self._attempt(path, lambda full: self._backend.fill(full, fill, scratch))
+
     def list(self, path: str = "") -> list[str]:
         """Names of the immediate children of a sub-folder, sorted; empty if there is no such folder."""
         return self._attempt(path, lambda full: self._backend.list(full))
@@ -255,7 +280,7 @@ class Storage:
         Raises:
             UserError: It does not (some S3 look-alikes ignore `If-None-Match`).
         """
-        probe = f"create-only-probe-{uuid.uuid4().hex}"
+        probe = f"{PROBE}{uuid.uuid4().hex}"
         try:
             if (
                 not self.create(probe, b"first")

@@ -4,41 +4,42 @@ Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
 Repository, 1998 (its test part); `sklearn.datasets.load_digits` ships it, so nothing is downloaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from sklearn.datasets import load_digits
 
-from data_pipeline.sources import Item
+from data_pipeline.sources import Item, Place, Source, number_key
+from data_pipeline.sources.netpbm import netpbm
 
 _LARGEST_VALUE = 16  # the archive counts ink pixels in 4 x 4 blocks
 
 
-class DigitsSource:
+class DigitsSource(Source):
     """Handwritten digits; pixel = value * 255/16 rounded (half to even), label in the meta data."""
 
     kind = "digits"
     name = "digits"
-    native_size: int | None = 8
+    native_size = 8
     default_channels = 1
     default_val_fraction = 0.2
+    classes = tuple("0123456789")
 
     def __init__(self) -> None:
         found = load_digits()
         self._images = np.rint(found.images * 255.0 / _LARGEST_VALUE).astype(np.uint8)
-        self._labels = found.target.tolist()
+        self._labels = [int(label) for label in found.target]
 
-    def count(self) -> int:
-        """Return how many digits there are."""
-        return len(self._labels)
+    def places(self) -> Iterator[Place]:
+        """Iterate the digits' numbers."""
+        yield from range(len(self._labels))
 
-    def __iter__(self) -> Iterator[Item]:
-        """Iterate the digits as PGM files: their bytes, unlike a PNG's, depend on no library version."""
-        header = f"P5\n{self._images.shape[2]} {self._images.shape[1]}\n255\n".encode()
-        for number, (image, label) in enumerate(zip(self._images, self._labels, strict=True)):
+    def read(self, first: int, places: Sequence[Place]) -> Iterator[Item]:
+        """Give digits as PGM files."""
+        for number, place in enumerate(places, first):
             yield Item(
-                key=f"{number:09d}",
-                where=f"digits/{number}",
-                data=header + image.tobytes(),
-                meta={"label": label},
+                key=number_key(number),
+                where=f"digits/{place}",
+                data=netpbm(self._images[place]),
+                meta={"label": self._labels[place]},
             )

@@ -1,6 +1,7 @@
 """`ddpm data …`: build data sets and look into them. Thin shells over `data_pipeline`."""
 
-from enum import StrEnum
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +10,12 @@ import typer
 from data_pipeline.encoding import Encoding
 from data_pipeline.errors import ExitCode, UserError
 from data_pipeline.geometry import Geometry
+from data_pipeline.sources.kinds import Kind, open_source
 
 if TYPE_CHECKING:
-    from data_pipeline.build import BuildOptions
+    from data_pipeline.build_plan import BuildOptions
     from data_pipeline.documents import Document
+    from data_pipeline.inspect import BuildReport
     from data_pipeline.sources import Source
 
 app = typer.Typer(no_args_is_help=True, help="Build indexed WebDataset shards and look into them.")
@@ -22,120 +25,210 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 Split = Annotated[str, typer.Option(help="train or val.")]
 Seed = Annotated[int, typer.Option(help="Seed of the order.")]
 WindowShards = Annotated[int, typer.Option(min=1, help="Shards that are mixed with each other.")]
-Position = Annotated[int, typer.Option(min=0, help="First stream position.")]
+Start = Annotated[int, typer.Option(min=0, help="First stream position.")]
 
 
-class Kind(StrEnum):
-    """Sources of pictures."""
-
-    DIGITS = "digits"
-    FOLDER = "folder"
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes. Default: one for each core, fewer for few pictures.", show_default=False
+    ),
+]
+ValFraction = Annotated[
+    float | None,
+    typer.Option(
+        help="Share kept for validation, by content hash. Default: digits 0.2, lsun 0.01, else 0.05; "
+        "cifar10 has its own test split.",
+        show_default=False,
+    ),
+]
+MaxRejected = Annotated[float, typer.Option(help="Share of unreadable pictures tolerated (one always is).")]
 
 
 @app.command()
 def build(
-    kind: Annotated[Kind, typer.Argument(help="digits: embedded, 8 x 8 grey. folder: one's own pictures.")],
-    source: Annotated[str | None, typer.Argument(help="folder: the folder with the pictures.")] = None,
+    kind: Annotated[Kind, typer.Argument(help="What SOURCE is; see below.")],
+    source: Annotated[str | None, typer.Argument(help="Folder or file; webdataset: also a URL.")] = None,
     *,
     out: Annotated[str, typer.Option(help="Where the shards go: folder or fsspec URL (s3://bucket/prefix).")],
     size: Annotated[
-        int | None, typer.Option(help="Side of the pictures in pixels. Default: the source's, if all agree.")
+        int | None,
+        typer.Option(
+            help="Side of the pictures in pixels. Default: lsun 256, else that of the first picture, which "
+            "all must have.",
+            show_default=False,
+        ),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(help="1 grey, 3 RGB. Default: digits 1, folder 3.", show_default=False)
+        int | None, typer.Option(help="1 grey, 3 RGB. Default: what the kind has.", show_default=False)
     ] = None,
     geometry: Annotated[
         Geometry | None,
         typer.Option(
-            help="none: pictures have the size. ddpm-lsun: centre crop, Lanczos. Default: as needed."
+            help="How other shapes get there: ddpm-lsun, edm (centre crop, Lanczos), adm (box halving, "
+            "bicubic, centre crop), box, none (they must have the size). Default: none if they have it, else "
+            "ddpm-lsun.",
+            show_default=False,
         ),
     ] = None,
     encoding: Annotated[
-        Encoding, typer.Option(help="png: pixels without loss. source: keep the files' own bytes.")
-    ] = Encoding.PNG,
-    val_fraction: Annotated[
-        float | None, typer.Option(help="Share kept for validation. Default: digits 0.2, folder 0.05.")
-    ] = None,
+        str,
+        typer.Option(
+            metavar="source|png|jpeg:Q|webp-lossless|raw",
+            help="What the shards hold. source keeps the bytes of pictures that fit as they are; "
+            "docs/data.md has the costs.",
+        ),
+    ] = "png",
+    labels: Annotated[
+        bool,
+        typer.Option("--labels", help="Take class labels from sub-folders, or the collection's own list."),
+    ] = False,
+    val_fraction: ValFraction = None,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Largest size of a shard in bytes.")] = 8 << 20,
-    max_rejected: Annotated[
-        float, typer.Option(help="Share of unreadable pictures tolerated (one always is).")
-    ] = 0.001,
+    max_rejected: MaxRejected = 0.001,
     name: Annotated[str | None, typer.Option(help="Name of the data set. Default: the source's.")] = None,
+    workers: Workers = None,
+    start_over: Annotated[
+        bool, typer.Option("--start-over", help="Throw away another build that is unfinished at --out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn pictures into indexed WebDataset shards with a train and a val list.
 
-    Pictures are told by content, turned upright by their EXIF orientation, flattened on white where
-    transparent. Unreadable ones are listed in rejected.jsonl beside the shards; too many end the build.
-    index.json is written last: without it the folder is no data set. The same build again changes nothing.
+    KIND is lsun (LMDB as distributed, or its zip), celebahq (folder, zip, tar, TFRecords, npy), cifar10
+    (python, binary, class folders), folder, zip or tar of pictures, npz (arrays), webdataset (tars that are
+    there: only indexed, bytes untouched), digits (embedded).
 
-    Example: ddpm data build folder ~/pictures --size 64 --out s3://bucket/pictures
+    Pictures are told by content, turned upright by their EXIF orientation, flattened on white where
+    transparent. Unreadable ones are listed in rejected.jsonl beside the shards; over the budget the build
+    fails at its end. Equal pictures are listed in duplicates.jsonl. A build that was killed goes on when the
+    same command runs again and ends with the same bytes. index.json is written last: without it the folder is
+    no data set. The same build again changes nothing.
+
+    Example: ddpm data build lsun church_outdoor_train_lmdb.zip --out s3://bucket/church256
     """
-    from data_pipeline.build import BuildOptions
+    if kind is Kind.WEBDATASET:
+        if source is None:
+            raise UserError(
+                "ddpm data build webdataset: name the folder or URL of the tars after `webdataset`"
+            )
+        given = {"--size": size, "--channels": channels, "--geometry": geometry}
+        given |= {"--labels": labels or None, "--start-over": start_over or None}
+        for option, value in given.items():
+            if value is not None:
+                raise UserError(f"{option}: tars are indexed as they are; leave it out, or build kind tar")
+        _adopt(source, out, val_fraction, max_rejected, name, workers, as_json)
+        return
+    from data_pipeline.build_plan import BuildOptions
 
     options = BuildOptions(
         size=size,
         geometry=geometry,
-        encoding=encoding,
+        encoding=Encoding.parse(encoding),
         channels=channels,
         val_fraction=val_fraction,
         shard_bytes=shard_bytes,
         max_rejected=max_rejected,
         name=name,
     )
-    _build(_open_source(kind, source), out, options, as_json)
+    path = None if source is None else Path(source)
+    opened = open_source(kind, path, labels=labels, size=size)
+    try:
+        _build(opened, out, options, workers, start_over, as_json)
+    finally:
+        opened.close()
 
 
-def _open_source(kind: Kind, source: str | None) -> "Source":
-    if kind is Kind.DIGITS:
-        if source is not None:
-            raise UserError(f"{source}: digits are embedded and take no SOURCE; leave it out")
-        from data_pipeline.sources.digits import DigitsSource
-
-        return DigitsSource()
-    if source is None:
-        raise UserError("ddpm data build folder: name the folder with the pictures after `folder`")
-    from data_pipeline.sources.folder import FolderSource
-
-    return FolderSource(source)
-
-
-def _build(source: "Source", out: str, options: "BuildOptions", as_json: bool) -> None:
+def _build(
+    source: "Source", out: str, options: "BuildOptions", workers: int | None, start_over: bool, as_json: bool
+) -> None:
     from data_pipeline import build as building
     from data_pipeline.inspect import summarise
-    from data_pipeline.sources.folder import FolderSource
 
-    found = building.find_built(source, out, options)
+    if workers is None:
+        workers = building.default_workers(source)
+    found = building.find_built(source, out, options, workers=workers)
     if found is None:
-        building.build(source, out, options)
-    ignored = source.ignored if isinstance(source, FolderSource) else 0
-    report = summarise(out, already_built=found is not None, ignored=ignored)
+        building.build(source, out, options, workers=workers, start_over=start_over)
+    report = summarise(out, already_built=found is not None, ignored=source.ignored)
+    _print_built(report, as_json)
+
+
+def _print_built(report: "BuildReport", as_json: bool) -> None:
+    from data_pipeline.build import REJECTED_FILE
+    from data_pipeline.duplicates import DUPLICATES_FILE
+
+    kept = f", {report.kept} with the source's own bytes" if report.kept else ""
     lines = [
         f"{report.url}: {'already built' if report.already_built else 'built'}, "
         f"{report.samples['train']} train and {report.samples['val']} val pictures of "
-        f"{report.size} x {report.size} x {report.channels} in {report.shards} shards",
+        f"{report.size} x {report.size} x {report.channels} in {report.shards} shards{kept}",
         f"index.json sha256 {report.index_sha256}",
     ]
     if report.rejected:
-        lines.append(f"{report.rejected} unreadable, see {report.url}/{building.REJECTED_FILE}")
-    if ignored:
-        lines.append(f"{ignored} other files in the folder are no pictures and were left out")
+        lines.append(f"{report.rejected} unreadable, see {report.url}/{REJECTED_FILE}")
+    if report.duplicates:
+        lines.append(f"{report.duplicates} equal to an earlier one, see {report.url}/{DUPLICATES_FILE}")
+    if report.ignored:
+        lines.append(f"{report.ignored} other files in the source are no pictures and were left out")
     _print(report, as_json, lines)
 
 
 @app.command()
-def verify(url: DataUrl, as_json: AsJson = False) -> None:
-    """Read every byte and check sizes, SHA-256, CRC32C and that every picture decodes.
+def index(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Folder or fsspec URL with WebDataset tars.")],
+    val_fraction: ValFraction = None,
+    max_rejected: MaxRejected = 0.001,
+    name: Annotated[str | None, typer.Option(help="Name of the data set. Default: the folder's.")] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Index WebDataset tars where they lie: records beside each tar, index.json last; no tar is changed.
+
+    Tars with val, test or validation in their names are the validation split; if there are none, whole tars
+    are chosen by content hash until they hold --val-fraction of the pictures.
+
+    Example: ddpm data index s3://bucket/imagenet64-tars
+    """
+    _adopt(url, url, val_fraction, max_rejected, name, workers, as_json)
+
+
+def _adopt(
+    source: str,
+    out: str,
+    val_fraction: float | None,
+    max_rejected: float,
+    name: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    from data_pipeline.adopt import AdoptOptions, adopt
+    from data_pipeline.index import INDEX_FILE
+    from data_pipeline.inspect import summarise
+    from data_pipeline.storage import Storage
+
+    options = AdoptOptions(max_rejected=max_rejected, name=name)
+    if val_fraction is not None:
+        options = replace(options, val_fraction=val_fraction)
+    already_built = Storage(out).exists(INDEX_FILE)
+    adopt(source, out, options, workers=workers or os.cpu_count() or 1)
+    _print_built(summarise(out, already_built=already_built, ignored=0), as_json)
+
+
+@app.command()
+def verify(url: DataUrl, workers: Workers = None, as_json: AsJson = False) -> None:
+    """Read every byte and check sizes, SHA-256, CRC32C, that tar and records agree and every picture decodes.
 
     Exit 0 if all is sound, 1 if not (every problem is listed with its shard and member).
     """
-    from data_pipeline import inspect
     from data_pipeline.index import load_index
+    from data_pipeline.verify import verify as verify_all
 
-    report = inspect.verify(load_index(url))
+    report = verify_all(load_index(url), workers=workers or os.cpu_count() or 1)
     verdict = "sound" if not report.problems else f"{len(report.problems)} problem(s)"
     lines = [
         *report.problems,
+        *(f"note: {note}" for note in report.notes),
         f"{report.url}: {report.samples} pictures in {report.shards} shards: {verdict}",
     ]
     _print(report, as_json, lines)
@@ -146,24 +239,29 @@ def verify(url: DataUrl, as_json: AsJson = False) -> None:
 @app.command()
 def stats(
     url: DataUrl,
-    limit: Annotated[int, typer.Option(min=1, help="Pictures per split whose pixels are measured.")] = 10_000,
+    limit: Annotated[int, typer.Option(min=1, help="Pictures per split that are looked at.")] = 10_000,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a data set holds: splits, shards, bytes, mean and deviation per channel."""
+    """Show what a data set holds: splits, shards, bytes, mean and deviation per channel, classes."""
     from data_pipeline import inspect
     from data_pipeline.index import load_index
 
     report = inspect.stats(load_index(url), limit=limit)
     lines = [
         f"{report.name} ({report.kind}): {report.size} x {report.size} x {report.channels}, geometry "
-        f"{report.geometry}, encoding {report.encoding}, {report.rejected} rejected"
+        f"{report.geometry}, encoding {report.encoding}, {report.kept} with the source's own bytes, "
+        f"{report.rejected} rejected, {report.duplicates} duplicates"
     ]
     for split, found in report.splits.items():
         mean, std = (" ".join(f"{v:.2f}" for v in values) for values in (found.mean, found.std))
+        lines.append(f"{split:5} {found.samples} pictures, {found.shards} shards, {found.bytes / 1e6:.1f} MB")
         lines.append(
-            f"{split:5} {found.samples} pictures, {found.shards} shards, {found.bytes / 1e6:.1f} MB; "
-            f"mean {mean}, std {std} (of 255, {found.pixels_of} pictures)"
+            f"      of the first {found.pixels_of}: {found.picture_bytes / 1e3:.1f} kB each, "
+            f"mean {mean}, std {std} (of 255)"
         )
+        if found.labels:
+            shares = ", ".join(f"{name} {count}" for name, count in found.labels.items())
+            lines.append(f"      {found.labelled} labelled: {shares}")
     lines.append(f"index.json sha256 {report.index_sha256}")
     _print(report, as_json, lines)
 
@@ -175,7 +273,7 @@ def preview(
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=4096, help="Number of pictures.")] = 64,
     split: Split = "train",
     seed: Seed = 0,
-    position: Position = 0,
+    start: Start = 0,
 ) -> None:
     """Write a contact sheet of pictures as training would see them in that order."""
     from data_pipeline import inspect
@@ -188,7 +286,7 @@ def preview(
         split=split,
         seed=seed,
         global_batch=count,
-        position=position,
+        position=start,
         channels=geometry.channels,
         image_size=geometry.size,
         prefetch_batches=1,
@@ -209,21 +307,35 @@ def order(
     split: Split = "train",
     seed: Seed = 0,
     window_shards: WindowShards = 16,
-    position: Position = 0,
+    start: Start = 0,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of positions.")] = 20,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Also read the pictures' keys from the shards.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which picture stands at which position of the training stream."""
+    """Show which picture stands at which position of the training stream; reads index.json only.
+
+    Example: ddpm data order s3://bucket/church256 --seed 1 --start 1000000 --count 64 --json
+    """
     from data_pipeline import inspect
     from data_pipeline.index import load_index
 
     report = inspect.order_of(
-        load_index(url), split=split, seed=seed, window_shards=window_shards, position=position, count=count
+        load_index(url),
+        split=split,
+        seed=seed,
+        window_shards=window_shards,
+        start=start,
+        count=count,
+        with_keys=keys,
     )
     lines = [
-        f"{row.position:>12} {row.epoch:>6} {row.shard} {row.member:>7} {row.key}" for row in report.rows
+        f"{row.position:>12} {row.epoch:>6} {row.shard} {row.member:>7} {row.key or ''}".rstrip()
+        for row in report.rows
     ]
-    _print(report, as_json, [f"{'position':>12} {'epoch':>6} {'shard':<16} {'member':>7} key", *lines])
+    heading = f"{'position':>12} {'epoch':>6} {'shard':<16} {'member':>7}{' key' if keys else ''}"
+    _print(report, as_json, [heading, *lines])
 
 
 def _print(report: "Document", as_json: bool, lines: list[str]) -> None:

@@ -3,11 +3,13 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -15,13 +17,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.build import BuildOptions, build, find_built
+from data_pipeline.build import BuildOptions, Grain, build
 from data_pipeline.decode import decode
 from data_pipeline.documents import sha256_hex
 from data_pipeline.encoding import Encoding
 from data_pipeline.errors import UserError
 from data_pipeline.geometry import Geometry
 from data_pipeline.index import RECORD, load_index, load_records
+from data_pipeline.scratch import ScratchFolder
+from data_pipeline.sources import Item
 from data_pipeline.sources.digits import DigitsSource
 from data_pipeline.sources.folder import FolderSource
 
@@ -170,14 +174,18 @@ def test_too_many_unreadable_end_the_build(tmp_path: Path) -> None:
     source, out = fill(tmp_path / "in", 30), tmp_path / "out"
     for name in ("005.png", "006.png"):
         (source / name).write_bytes(b"<html>")
-    with pytest.raises(UserError, match=r"^006\.png: not a picture.*at most 1 of 30"):
-        build(FolderSource(source), str(out))
+    with pytest.raises(
+        UserError, match=r"^2 of 30 pictures.*at most 1 may be; first 005\.png: not a picture"
+    ):
+        build(FolderSource(source), str(out), BuildOptions(val_fraction=0.3))
     assert not (out / "index.json").exists()
     assert (out / "unfinished.json").exists()
     assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
-    # The budget is a share: the same two are fine when 10 % may be.
+    shards = {file: file.stat().st_mtime_ns for file in out.glob("shard-*")}
+    # The budget is a share: the same two are fine when 10 % may be, and nothing is written again.
     index = build(FolderSource(source), str(out), BuildOptions(max_rejected=0.1, val_fraction=0.3))
     assert index.rejected == 2
+    assert {file: file.stat().st_mtime_ns for file in out.glob("shard-*")} == shards
 
 
 @pytest.mark.parametrize(
@@ -193,7 +201,6 @@ def test_too_many_unreadable_end_the_build(tmp_path: Path) -> None:
         (2, BuildOptions(channels=2), "--channels"),
         (2, BuildOptions(geometry=Geometry.DDPM_LSUN), "needs --size"),
         (2, BuildOptions(size=8, geometry=Geometry.NONE), "000.png: 12 x 12 pixels, not 8 x 8"),
-        (2, BuildOptions(size=8, geometry=Geometry.DDPM_LSUN, encoding=Encoding.SOURCE), "keeps the bytes"),
     ],
 )
 def test_impossible_builds_are_refused(
@@ -231,11 +238,13 @@ def test_source_encoding_keeps_the_bytes(tmp_path: Path) -> None:
     assert set(found.values()) == {file.read_bytes() for file in source.iterdir()}
     exif = Image.Exif()
     exif[0x0112] = 3
-    Image.new("RGB", (12, 12)).save(source / "turned.jpg", exif=exif)
-    with pytest.raises(UserError, match=r"turned\.jpg: turned by its EXIF"):
-        build(FolderSource(source), str(tmp_path / "other"), options)
-    with pytest.raises(UserError, match="keeps jpg, png, webp only"):
-        build(DigitsSource(), str(tmp_path / "digits"), BuildOptions(encoding=Encoding.SOURCE))
+    turned = Image.new("RGB", (12, 12))
+    turned.putpixel((0, 0), (255, 0, 0))
+    turned.save(source / "turned.png", exif=exif)
+    index = build(FolderSource(source), str(tmp_path / "other"), options)
+    assert index.kept == 20, "what must be turned cannot keep its bytes"
+    found = members(tmp_path / "other", "train") | members(tmp_path / "other", "val")
+    assert decode(found["000000020"], 3)[11, 11].tolist() == [255, 0, 0]
 
 
 BUILD = """
@@ -244,16 +253,8 @@ from data_pipeline.build import BuildOptions, build
 from data_pipeline.errors import UserError
 from data_pipeline.sources.folder import FolderSource
 
-class Pausing(FolderSource):
-    def __iter__(self):
-        for number, item in enumerate(super().__iter__()):
-            if str(number) == sys.argv[3]:
-                print("paused", flush=True)
-                sys.stdin.read()
-            yield item
-
 try:
-    build(Pausing(sys.argv[1]), sys.argv[2], BuildOptions(shard_bytes=20_480, val_fraction=0.3, size=12))
+    build(FolderSource(sys.argv[1]), sys.argv[2], BuildOptions(shard_bytes=20_480, val_fraction=0.3, size=12))
 except UserError as error:
     print(error)
     sys.exit(2)
@@ -265,39 +266,111 @@ def test_full_disk_is_a_users_mistake(tmp_path: Path) -> None:
     source, scratch = fill(tmp_path / "in", 80), tmp_path / "scratch"
     scratch.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(source), str(tmp_path / "out"), "never"],
+        [sys.executable, "-c", BUILD, str(source), str(tmp_path / "out")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000)),
         env={**os.environ, "TMPDIR": str(scratch)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "no space left for the shard in the making (File too large)" in done.stdout
+    assert "no space left for what is in the making (File too large)" in done.stdout
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "index.json").exists()
-    assert list(scratch.iterdir()) == []
+    assert [file for file in scratch.rglob("*") if file.is_file() and file.suffix != ".lock"] == []
 
 
-def test_a_killed_build_looks_unfinished_and_is_repeated(tmp_path: Path) -> None:
-    source, out = fill(tmp_path / "in", 80), tmp_path / "out"
-    with subprocess.Popen(
-        [sys.executable, "-c", BUILD, str(source), str(out), "70"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"paused\n"
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert (out / "shard-000002.tar").exists()
-    assert not (out / "index.json").exists()
-    with pytest.raises(UserError, match="no finished data set"):
-        load_index(str(out))
-    shutil.copy(out / "shard-000002.tar", out / "shard-000099.tar")  # of a broken-off build with more shards
-    options = BuildOptions(shard_bytes=20_480, val_fraction=0.3, size=12)
-    assert find_built(FolderSource(source), str(out), options) is None
-    build(FolderSource(source), str(out), options)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, workers: int) -> None:
+    source = fill(tmp_path / "in", 400)
+    (source / "017.png").write_bytes(b"broken")
+    (source / "399.png").write_bytes((source / "398.png").read_bytes())
+    options = BuildOptions(val_fraction=0.3, shard_bytes=51_200, size=16)
+    build(FolderSource(source), str(tmp_path / "one"), options)
+    build(
+        FolderSource(source), str(tmp_path / "many"), options, workers=workers, grain=Grain(run=64, segment=2)
+    )
+    found = contents(tmp_path / "many")
+    assert found == contents(tmp_path / "one")
+    assert len(found) > 20
+    assert {"rejected.jsonl", "duplicates.jsonl"} <= found.keys()
+
+
+def test_duplicates_are_reported_and_stay_on_one_side(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", 60)
+    for copy, original in {"100.png": "007.png", "101.png": "007.png", "102.png": "031.png"}.items():
+        shutil.copy(source / original, source / copy)
+    index = build(FolderSource(source), str(tmp_path / "out"), BuildOptions(val_fraction=0.4))
+    assert index.duplicates == 3
+    rows = [json.loads(line) for line in (tmp_path / "out" / "duplicates.jsonl").read_text().splitlines()]
+    assert [row["paths"] for row in rows] == [["007.png", "100.png", "101.png"], ["031.png", "102.png"]]
+    train, val = (set(members(tmp_path / "out", split).values()) for split in ("train", "val"))
+    assert not train & val
+
+
+def test_a_data_set_with_its_own_split(tmp_path: Path) -> None:
+    class Divided(FolderSource):
+        default_val_fraction = None
+
+        def read(self, first: int, places: Sequence[Any]) -> Iterator[Item]:
+            for number, item in enumerate(super().read(first, places), start=first):
+                yield replace(item, split="val" if number % 10 == 3 else "train")
+
+    source = fill(tmp_path / "in", 50)
+    index = build(Divided(source), str(tmp_path / "out"))
+    assert (index.samples("train"), index.samples("val")) == (45, 5)
+    assert index.build is not None
+    assert index.build.val_fraction is None
+    assert set(members(tmp_path / "out", "val")) == {f"{number:09d}" for number in range(3, 50, 10)}
+    with pytest.raises(UserError, match="has its own validation split"):
+        build(Divided(source), str(tmp_path / "other"), BuildOptions(val_fraction=0.1))
+
+
+def test_labels_and_classes_are_kept(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / "in" / name, 20)
+    index = build(
+        FolderSource(tmp_path / "in", labels=True), str(tmp_path / "out"), BuildOptions(val_fraction=0.3)
+    )
+    assert index.classes == ["cat", "dog"]
+    urls = [str(file) for file in sorted((tmp_path / "out").glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    metas = [json.loads(sample["json"]) for sample in samples]
+    assert {meta["label"] for meta in metas} == {0, 1}
+    assert all(meta["path"].startswith(index.classes[meta["label"]]) for meta in metas)
+
+
+def test_another_unfinished_build_is_not_thrown_away_by_accident(tmp_path: Path) -> None:
+    source, out = fill(tmp_path / "in", 80), str(tmp_path / "out")
+    (source / "079.png").write_bytes(b"broken")
+    (source / "078.png").write_bytes(b"broken")
+    options = BuildOptions(shard_bytes=20_480, val_fraction=0.3)
+    with pytest.raises(UserError, match="2 of 80 pictures are unreadable"):
+        build(FolderSource(source), out, options)
+    with pytest.raises(
+        UserError, match=r"unfinished build of the data set 'in' that differs in channels; .*--start-over"
+    ):
+        build(FolderSource(source), out, replace(options, channels=1))
+    for number in (78, 79):
+        (source / f"0{number}.png").unlink()
+    with pytest.raises(UserError, match="differs in the source's files"):
+        build(FolderSource(source), out, options)
+    build(FolderSource(source), out, options, start_over=True)
     build(FolderSource(source), str(tmp_path / "clean"), options)
-    assert contents(out) == contents(tmp_path / "clean")
+    assert contents(Path(out)) == contents(tmp_path / "clean")
+
+
+def test_a_build_that_finished_nothing_gives_way(tmp_path: Path) -> None:
+    source, out = fill(tmp_path / "in", 30, size=(20, 20)), str(tmp_path / "out")
+    with pytest.raises(UserError, match="20 x 20 pixels, not 16 x 16"):
+        build(FolderSource(source), out, BuildOptions(size=16, geometry=Geometry.NONE))
+    assert build(FolderSource(source), out, BuildOptions(size=16, val_fraction=0.3)).geometry.size == 16
+
+
+def test_two_builds_on_one_machine_do_not_meet(tmp_path: Path) -> None:
+    source, out = fill(tmp_path / "in", 30), tmp_path / "out"
+    with (
+        ScratchFolder("data-build", str(out)),
+        pytest.raises(UserError, match="the same data-build is running on this machine"),
+    ):
+        build(FolderSource(source), str(out))
+    build(FolderSource(source), str(out), BuildOptions(val_fraction=0.3))

@@ -1,7 +1,8 @@
 """Decoding is told by content, bit-equal to Pillow, and survives any damage."""
 
 import io
-import zlib
+import struct
+import time
 
 import numpy as np
 import pytest
@@ -10,22 +11,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline import decode as decoding
-from data_pipeline.decode import DecodeError, decode, open_image, pixels, sniff, to_channels
-
-
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """A smooth picture with some noise, so that JPEG's every path has work."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    smooth = np.stack([x * 5 + y, y * 7, 255 - x - y], axis=2) % 256
-    noisy = np.clip(smooth + rng.integers(-20, 20, smooth.shape), 0, 255).astype(np.uint8)
-    return Image.fromarray(noisy).convert(mode)
-
-
-def coded(image: Image.Image, form: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+from data_pipeline.decode import (
+    DecodeError,
+    decode,
+    npy_layout,
+    open_image,
+    orientation,
+    pixels,
+    sniff,
+    to_channels,
+)
+from tests.data_pipeline.picture_support import coded, npy_by_hand, picture, png_by_hand, turned_by
 
 
 def by_pillow(data: bytes, channels: int) -> np.ndarray:
@@ -90,32 +86,120 @@ def test_sixteen_bits_are_refused_not_clipped() -> None:
         decode(data, 1)
 
 
-def test_upright_follows_exif() -> None:
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("value", "turn"),
+    [
+        (1, lambda a: a),
+        (2, np.fliplr),
+        (3, lambda a: np.rot90(a, 2)),
+        (4, np.flipud),
+        (5, lambda a: np.swapaxes(a, 0, 1)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: np.rot90(np.swapaxes(a, 0, 1), 2)),
+        (8, np.rot90),
+        (9, lambda a: a),  # there is no such orientation
+    ],
+)
+def test_upright_follows_exif(form: str, value: int, turn: object) -> None:
     image = picture(6, 4)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    data = coded(image, "PNG", exif=exif)
-    assert open_image(data).size == (6, 4)
-    turned = open_image(data, upright=True)
-    np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = coded(image, form, exif=turned_by(value), **options)
+    as_stored = np.asarray(image if form != "JPEG" else Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(np.asarray(open_image(data, upright=True)), turn(as_stored))
+    if form != "TIFF":  # Pillow turns these itself
+        np.testing.assert_array_equal(np.asarray(open_image(data)), as_stored)
+        assert orientation(open_image(data)) == (value if value < 9 else 1)
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A small PNG that claims to be huge."""
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    "exif", [b"no TIFF at all", b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\xff\xff", b""]
+)
+def test_unreadable_exif_turns_nothing(exif: bytes) -> None:
+    data = coded(picture(6, 4), "JPEG", exif=b"Exif\0\0" + exif)
+    np.testing.assert_array_equal(np.asarray(open_image(data, upright=True)), by_pillow(data, 3))
 
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
 
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    body = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+def test_numpy_files_are_pictures() -> None:
+    colour = np.asarray(picture(5, 3))
+    grey = np.asarray(picture(5, 3, "L"))
+    for array in (colour, grey, grey[:, :, None]):
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        data = buffer.getvalue()
+        assert sniff(data[:16]) == "npy"
+        wide = array if array.ndim == 3 else array[:, :, None]
+        expected = np.repeat(wide, 3, axis=2) if wide.shape[2] == 1 else wide
+        np.testing.assert_array_equal(decode(data, 3), expected)
+        image = open_image(data)
+        assert image.mode == ("RGB" if wide.shape[2] == 3 else "L")
+        np.testing.assert_array_equal(decode(data, 1), pixels(image.convert("L")))
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_numpy_headers_of_every_version_and_order(version: int) -> None:
+    header = b"{ 'shape':(2,3 , 3),'fortran_order' : False, 'descr':'<u1'} \n"
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    data = b"\x93NUMPY" + bytes([version, 0]) + length + header + bytes(range(18))
+    np.testing.assert_array_equal(decode(data, 3), np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    assert np.array_equal(np.load(io.BytesIO(data)), decode(data, 3))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (npy_by_hand("2, 2", b"1234", kind="<f4"), "type '<f4', not uint8"),
+        (npy_by_hand("2, 2", b"1234", kind="|O"), "not uint8"),
+        (npy_by_hand("2, 2", b"1234", kind="|i1"), "not uint8"),
+        (npy_by_hand("2, 2", b"1234", fortran=True), "Fortran order"),
+        (npy_by_hand("4,", b"1234"), "no picture"),
+        (npy_by_hand("1, 2, 2", b"1234"), "no picture"),
+        (npy_by_hand("1, 1, 1, 4", b"1234"), "no picture"),
+        (npy_by_hand("0, 4", b""), "no picture"),
+        (npy_by_hand("", b"1"), "no picture"),
+        (npy_by_hand("1 2, 2", b"1234"), "no picture"),
+        (npy_by_hand("-2, 2", b"1234"), "no picture"),
+        (npy_by_hand("2, 2", b"123"), "damaged picture"),
+        (npy_by_hand("60000, 60000, 3", b"1234"), "more than the limit"),
+        (npy_by_hand("9" * 4000 + ", 2", b""), "no picture"),
+        (npy_by_hand("2, 2", b"1234").replace(b"'shape'", b"'shade'"), "tells of no plain array"),
+        (npy_by_hand("2, 2", b"1234").replace(b"(2, 2)", b"eval()"), "tells of no plain array"),
+        (npy_by_hand("2, 2", b"1234").replace(b"'|u1'", b"[('a', '|u1')]"), "tells of no plain array"),
+        (npy_by_hand("2, 2", b"1234")[:40], "tells of no plain array"),
+        (b"\x93NUMPY", "tells of no plain array"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "tells of no plain array"),
+    ],
+)
+def test_other_numpy_files_are_refused(data: bytes, reason: str) -> None:
+    for read in (npy_layout, lambda d: decode(d, 3), open_image):
+        if read is npy_layout and reason == "damaged picture":
+            continue  # the header alone is sound
+        with pytest.raises(DecodeError, match=reason):
+            read(data)
+
+
+def test_a_pickle_in_a_numpy_file_is_not_loaded() -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
+    with pytest.raises(DecodeError, match="not uint8"):
+        decode(buffer.getvalue(), 3)
+
+
+@pytest.mark.parametrize("filling", [b" ", b"'descr':'|u1'" + b" " * 100, b"'shape': (,", b", "])
+def test_no_numpy_header_takes_long(filling: bytes) -> None:
+    header = (b"{" + filling * 4096)[:4096]
+    began = time.process_time()
+    with pytest.raises(DecodeError):
+        npy_layout(b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header)
+    assert time.process_time() - began < 0.1
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_000, 20_000])  # above our limit; above Pillow's own error level
+@pytest.mark.parametrize("side", [10_000, 20_000, 60_000])  # above our limit; above Pillow's own error level
 def test_bombs_are_refused_before_decoding(side: int) -> None:
     with pytest.raises(DecodeError, match=r"pixels|decompression bomb"):
-        decode(bomb(side, side), 3)
+        decode(png_by_hand(side, side), 3)
     jpeg = bytearray(coded(picture(16, 16), "JPEG"))
     size_at = jpeg.index(b"\xff\xc0") + 5
     jpeg[size_at : size_at + 4] = side.to_bytes(2, "big") * 2
@@ -140,7 +224,7 @@ def test_what_is_no_picture_is_named(data: bytes, reason: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(
-    st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]),
+    st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "NPY"]),
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
     st.integers(0, 100),
 )
@@ -148,7 +232,8 @@ def test_what_is_no_picture_is_named(data: bytes, reason: str) -> None:
 def test_damage_gives_pixels_or_a_decode_error(
     form: str, flips: list[tuple[int, int]], cut_percent: int
 ) -> None:
-    data = bytearray(coded(picture(24, 16), form))
+    image = picture(24, 16)
+    data = bytearray(npy_by_hand("16, 24, 3", image.tobytes()) if form == "NPY" else coded(image, form))
     for place, value in flips:
         data[place % len(data)] = value
     damaged = bytes(data[: len(data) * cut_percent // 100])

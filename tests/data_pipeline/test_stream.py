@@ -1,7 +1,7 @@
 import io
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from data_pipeline import ImageStream
 from data_pipeline.build import BuildOptions, build
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.index import load_index
-from data_pipeline.sources import Item
+from data_pipeline.sources import Item, Source
 from data_pipeline.sources.digits import DigitsSource
 from data_pipeline.stream import read_split
 
@@ -115,19 +115,17 @@ def test_no_data_set_is_named(tmp_path: Path) -> None:
         stream(tmp_path / "nothing")
 
 
-class Mixed:
+class Mixed(Source):
     """A source whose pictures have two sizes."""
 
     kind = name = "mixed"
-    native_size: int | None = None
-    default_channels = 3
     default_val_fraction = 0.3
 
-    def count(self) -> int:
-        return 40
+    def places(self) -> Iterator[int]:
+        yield from range(40)
 
-    def __iter__(self) -> Iterator[Item]:
-        for number in range(40):
+    def read(self, first: int, places: Sequence[int]) -> Iterator[Item]:
+        for number in places:
             buffer = io.BytesIO()
             Image.new("RGB", (9, 8) if number == 17 else (8, 8), (number, 0, 0)).save(buffer, "PNG")
             yield Item(f"n{number}", f"n{number}", buffer.getvalue())
