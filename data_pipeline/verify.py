@@ -15,9 +15,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from data_pipeline.build import REJECTED_FILE
+from data_pipeline.build.duplicates import DUPLICATES_FILE
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.documents import Document
-from data_pipeline.duplicates import DUPLICATES_FILE
 from data_pipeline.errors import StorageFault
 from data_pipeline.index import (
     INDEX_FILE,
@@ -31,8 +31,8 @@ from data_pipeline.index import (
 from data_pipeline.progress import Progress
 from data_pipeline.sources.pictures import readable
 from data_pipeline.storage import Storage
-from data_pipeline.tar_samples import Payload, Sample, samples
-from data_pipeline.tar_walk import StreamedFile, TarDamage
+from data_pipeline.tars.samples import Payload, Sample, samples
+from data_pipeline.tars.walk import StreamedFile, TarDamage
 from data_pipeline.team import Team
 
 _LISTED: Final = 5

@@ -8,10 +8,10 @@ import numpy as np
 from benchmarks.data_build.running import emptied
 from benchmarks.harness import Record
 from data_pipeline.build import BuildOptions
+from data_pipeline.build.tar_members import BLOCK, capacity, padding
 from data_pipeline.documents import sha256_hex
 from data_pipeline.index import INDEX_FILE, RECORD, BuildRecord, GeometryRecord, Index, ShardEntry, load_index
 from data_pipeline.order import Order
-from data_pipeline.tar_members import BLOCK, capacity, padding
 
 _SAMPLE_BYTES = 15_000
 _VAL_FRACTION = 0.01

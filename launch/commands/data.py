@@ -13,7 +13,7 @@ from data_pipeline.geometry import Geometry
 from data_pipeline.sources.kinds import Kind, open_source
 
 if TYPE_CHECKING:
-    from data_pipeline.build_plan import BuildOptions
+    from data_pipeline.build.plan import BuildOptions
     from data_pipeline.documents import Document
     from data_pipeline.inspect import BuildReport
     from data_pipeline.sources import Source
@@ -119,7 +119,7 @@ def build(
                 raise UserError(f"{option}: tars are indexed as they are; leave it out, or build kind tar")
         _adopt(source, out, val_fraction, max_rejected, name, workers, as_json)
         return
-    from data_pipeline.build_plan import BuildOptions
+    from data_pipeline.build.plan import BuildOptions
 
     options = BuildOptions(
         size=size,
@@ -156,7 +156,7 @@ def _build(
 
 def _print_built(report: "BuildReport", as_json: bool) -> None:
     from data_pipeline.build import REJECTED_FILE
-    from data_pipeline.duplicates import DUPLICATES_FILE
+    from data_pipeline.build.duplicates import DUPLICATES_FILE
 
     kept = f", {report.kept} with the source's own bytes" if report.kept else ""
     lines = [
@@ -202,10 +202,10 @@ def _adopt(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    from data_pipeline.adopt import AdoptOptions, adopt
     from data_pipeline.index import INDEX_FILE
     from data_pipeline.inspect import summarise
     from data_pipeline.storage import Storage
+    from data_pipeline.tars.adopt import AdoptOptions, adopt
 
     options = AdoptOptions(max_rejected=max_rejected, name=name)
     if val_fraction is not None:

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data_pipeline.adopt import AdoptOptions, adopt
 from data_pipeline.documents import sha256_hex
 from data_pipeline.errors import UserError
 from data_pipeline.index import Index, LoadedIndex, load_index, load_records
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import Storage
 from data_pipeline.stream import ImageStream, read_split
-from data_pipeline.tar_samples import samples
-from data_pipeline.tar_walk import StreamedFile, TarDamage, members
+from data_pipeline.tars.adopt import AdoptOptions, adopt
+from data_pipeline.tars.samples import samples
+from data_pipeline.tars.walk import StreamedFile, TarDamage, members
 from data_pipeline.verify import verify
 from tests.data_pipeline.archive_support import files_in, scratch_below
 from tests.data_pipeline.picture_support import coded, npy_by_hand, turned_by
@@ -529,7 +529,7 @@ def test_copies_never_replace_something_else(tmp_path: Path) -> None:
 
 KILLED = """
 import itertools, os, signal, sys
-from data_pipeline.adopt import AdoptOptions, adopt
+from data_pipeline.tars.adopt import AdoptOptions, adopt
 from data_pipeline.local_files import LocalFiles
 
 publish = LocalFiles._publish

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.adopt import AdoptOptions, adopt
 from data_pipeline.documents import sha256_hex
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.index import load_index
@@ -14,6 +13,7 @@ from data_pipeline.inspect import OrderReport, order_of, stats, summarise
 from data_pipeline.order import Order
 from data_pipeline.reader import ShardReader
 from data_pipeline.stream import index_order
+from data_pipeline.tars.adopt import AdoptOptions, adopt
 from tests.data_pipeline.picture_support import npy_by_hand
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.packing import PackedShard, Packer
-from data_pipeline.prepare import CONTENT, SAMPLE, Prepared
+from data_pipeline.build.packing import PackedShard, Packer
+from data_pipeline.build.prepare import CONTENT, SAMPLE, Prepared
 
 BLOCK, RECORD = 512, 10_240
 

@@ -4,7 +4,7 @@ import tarfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.tar_members import capacity, ending, header, padding
+from data_pipeline.build.tar_members import capacity, ending, header, padding
 
 names = st.text("abcXYZ019_-.", min_size=1, max_size=100)
 

@@ -11,9 +11,9 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from data_pipeline.adopt import AdoptOptions, adopt
 from data_pipeline.documents import sha256_hex
 from data_pipeline.index import RECORD, Records, ShardEntry, load_index
+from data_pipeline.tars.adopt import AdoptOptions, adopt
 from data_pipeline.verify import VerifyReport, verify
 from tests.data_pipeline.picture_support import npy_by_hand
 

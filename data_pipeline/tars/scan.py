@@ -9,16 +9,16 @@ from typing import BinaryIO, Final
 import google_crc32c
 import numpy as np
 
+from data_pipeline.build.prepare import Rejected
 from data_pipeline.decode import DecodeError, open_image, orientation, to_channels
 from data_pipeline.errors import UserError
 from data_pipeline.headers import extension_if_it_fits
 from data_pipeline.index import RECORD
-from data_pipeline.prepare import Rejected
 from data_pipeline.scratch import naming_full_scratch
 from data_pipeline.sources.pictures import readable
 from data_pipeline.storage import Storage
-from data_pipeline.tar_samples import Payload, Sample, samples
-from data_pipeline.tar_walk import StreamedFile, TarDamage
+from data_pipeline.tars.samples import Payload, Sample, samples
+from data_pipeline.tars.walk import StreamedFile, TarDamage
 
 REMEDY: Final = "build new shards with `ddpm data build tar … --size N`"
 _GREY: Final = ("1", "L", "LA")

@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.build.prepare import CONTENT
 from data_pipeline.documents import canonical_json
-from data_pipeline.prepare import CONTENT
 from data_pipeline.scratch import naming_full_scratch
 from data_pipeline.sources import Source
 from data_pipeline.storage import Storage

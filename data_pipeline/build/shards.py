@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from data_pipeline.build.packing import PackedShard, Piece
+from data_pipeline.build.prepare import part_path
+from data_pipeline.build.tar_members import ending
 from data_pipeline.index import ShardEntry
-from data_pipeline.packing import PackedShard, Piece
-from data_pipeline.prepare import part_path
 from data_pipeline.scratch import naming_full_scratch
 from data_pipeline.storage import Storage
-from data_pipeline.tar_members import ending
 
 _BLOCK: Final = 1 << 18
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_pipeline.build.prepare import SPLITS, Prepared, Samples
+from data_pipeline.build.tar_members import BLOCK, capacity
 from data_pipeline.index import RECORD, Records
-from data_pipeline.prepare import SPLITS, Prepared, Samples
-from data_pipeline.tar_members import BLOCK, capacity
 
 
 @dataclass(frozen=True)

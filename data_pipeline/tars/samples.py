@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from data_pipeline.sources.pictures import PICTURE_SUFFIXES, size_problem
-from data_pipeline.tar_walk import StreamedFile, TarDamage, TarMember, members
+from data_pipeline.tars.walk import StreamedFile, TarDamage, TarMember, members
 
 NUMPY: Final = "npy"
 META: Final = "json"

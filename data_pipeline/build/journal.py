@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Final, Self, TypeVar
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict
 
+from data_pipeline.build.packing import PackedShard
+from data_pipeline.build.prepare import CONTENT, HASH_GROUP, SPLITS, Prepared
 from data_pipeline.documents import Document
 from data_pipeline.errors import UserError
 from data_pipeline.index import ShardEntry
-from data_pipeline.packing import PackedShard
-from data_pipeline.prepare import CONTENT, HASH_GROUP, SPLITS, Prepared
 from data_pipeline.storage import Storage
 
 log = logging.getLogger(__name__)

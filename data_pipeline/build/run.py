@@ -19,22 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from data_pipeline.build_plan import BuildOptions, Plan, differences, make_plan
+from data_pipeline.build.duplicates import ContentSpool, report_duplicates
+from data_pipeline.build.journal import UNFINISHED_FILE, FinishedShard, Journal, Segment, Unfinished
+from data_pipeline.build.packing import PackedShard, Packer
+from data_pipeline.build.plan import BuildOptions, Plan, differences, make_plan
+from data_pipeline.build.prepare import HASH_GROUP, SPLITS, Prepared, Run, part_path, prepare, source_sha256
+from data_pipeline.build.shards import write_shard
 from data_pipeline.documents import canonical_json
-from data_pipeline.duplicates import ContentSpool, report_duplicates
 from data_pipeline.errors import UserError
 from data_pipeline.index import INDEX_FILE, Index, ShardEntry, load_index_from
-from data_pipeline.journal import UNFINISHED_FILE, FinishedShard, Journal, Segment, Unfinished
-from data_pipeline.packing import PackedShard, Packer
-from data_pipeline.prepare import HASH_GROUP, SPLITS, Prepared, Run, part_path, prepare, source_sha256
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import ScratchFolder
-from data_pipeline.shards import write_shard
 from data_pipeline.sources import Source, Survey, runs
 from data_pipeline.storage import PROBE, Storage
 from data_pipeline.team import Pending, Team
-
-__all__ = ["REJECTED_FILE", "BuildOptions", "Grain", "build", "find_built"]
 
 log = logging.getLogger(__name__)
 

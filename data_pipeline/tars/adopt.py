@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Final
 
 from data_pipeline.build import REJECTED_FILE
+from data_pipeline.build.journal import UNFINISHED_FILE
 from data_pipeline.documents import canonical_json, sha256_hex
 from data_pipeline.encoding import Encoding
 from data_pipeline.errors import UserError
 from data_pipeline.geometry import Geometry
 from data_pipeline.index import INDEX_FILE, TAR_NAME, GeometryRecord, Index, ShardEntry, load_index_from
-from data_pipeline.journal import UNFINISHED_FILE
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import ScratchFolder
 from data_pipeline.sources.kinds import Kind
 from data_pipeline.storage import Storage
-from data_pipeline.tar_scan import REMEDY, ScannedTar, one_shape, scan_tar
-from data_pipeline.tar_walk import StreamedFile
+from data_pipeline.tars.scan import REMEDY, ScannedTar, one_shape, scan_tar
+from data_pipeline.tars.walk import StreamedFile
 from data_pipeline.team import Pending, Team
 
 log = logging.getLogger(__name__)

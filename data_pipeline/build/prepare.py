@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.build.tar_members import BLOCK, header, padding
 from data_pipeline.decode import DecodeError
 from data_pipeline.documents import canonical_json
 from data_pipeline.errors import UserError
@@ -21,7 +22,6 @@ from data_pipeline.fit import Fitted, Form, fit
 from data_pipeline.geometry import GeometryError
 from data_pipeline.scratch import naming_full_scratch
 from data_pipeline.sources import Item, Place, Source
-from data_pipeline.tar_members import BLOCK, header, padding
 
 SPLITS: Final = ("train", "val")
 HASH_GROUP: Final = 64
