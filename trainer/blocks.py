@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.layers import Conv2d, Dropout, GroupNorm, Linear, is_channels_last
+from trainer.layers import Conv2d, Dropout, GroupNorm, Linear, like, prefers_pixels
 from trainer.unet_config import UNetConfig
 
 
@@ -79,11 +79,20 @@ class Attention(nn.Module):
         layers = (self.query, self.key, self.value)
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        mix = self._mix_pixels if is_channels_last(h) else self._mix_channels
+        mix = self.mix_pixels if prefers_pixels(h) else self.mix_channels
         return x + mix(h, weight, bias)
 
-    def _mix_pixels(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Attends where the pixels lie in memory as [B, HW, C]."""
+    def mix_pixels(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Attends over pixels [B, HW, C], as channels_last lays them.
+
+        Args:
+            h: [B, C, H, W], normalised.
+            weight: [3 C, C] of query, key and value.
+            bias: [3 C].
+
+        Returns:
+            [B, C, H, W], the branch's outcome.
+        """
         B, C, H, W = h.shape
         pixels = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
         split = F.linear(pixels, weight, bias).view(B, H * W, 3, self.heads, C // self.heads)
@@ -93,16 +102,16 @@ class Attention(nn.Module):
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(B, H * W, C))
         return out.view(B, H, W, C).permute(0, 3, 1, 2)
 
-    def _mix_channels(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The same where they lie as [B, C, HW]: plain products, which spare a CPU the rearranging."""
+    def mix_channels(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same over [B, C, HW] by plain products, which spare a CPU the rearranging."""
         B, C, H, W = h.shape
         channels = C // self.heads
-        split = F.conv2d(h, weight[:, :, None, None], bias).view(B, 3, self.heads, channels, H * W)
+        split = F.conv2d(h, weight[:, :, None, None], bias).reshape(B, 3, self.heads, channels, H * W)
         query, key, value = (part.reshape(B * self.heads, channels, H * W) for part in split.unbind(1))
         scores = torch.bmm((query * channels**-0.5).transpose(1, 2), key)
         shares = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         mixed = torch.bmm(value, shares.to(value.dtype).transpose(1, 2)).view(B, C, H, W)
-        return F.conv2d(mixed, self.out.weight[:, :, None, None], self.out.bias)
+        return like(F.conv2d(mixed, self.out.weight[:, :, None, None], self.out.bias), h)
 
 
 class Downsample(nn.Module):

@@ -38,12 +38,14 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves x [B, in, H, W]."""
-        if self.kernel_size == (1, 1) and is_channels_last(x):
-            # A dense layer over the pixels, which lie ready for it: torch's smallest convolutions would
-            # rearrange the images (CPU) or add the bias separately (GPU).
-            dense = F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias)
-            return dense.permute(0, 3, 1, 2)
+        if self.kernel_size == (1, 1) and prefers_pixels(x):
+            return self.dense(x)
         return super().forward(x)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """A 1x1 convolution as a dense layer over the pixels of x [B, in, H, W]."""
+        pixels = F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias)
+        return pixels.permute(0, 3, 1, 2)
 
 
 class Linear(nn.Linear):
@@ -185,13 +187,22 @@ def like(x: Tensor, other: Tensor) -> Tensor:
     return x.contiguous(memory_format=layout)
 
 
-def fastest_layout(device: torch.device) -> torch.memory_format:
-    """The layout in which a device's convolutions are fastest.
+def prefers_pixels(x: Tensor) -> bool:
+    """Tells whether 1x1 convolutions of x [B, C, H, W] are better dense layers over [B, H, W, C].
 
-    cuDNN's half-precision kernels take channels_last as it is; on a CPU, oneDNN rearranges whatever it is
-    given, and the operations between are faster on contiguous images.
+    On a GPU, where torch's would add the bias separately; a CPU's convolutions are the faster ones.
     """
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return x.is_cuda and is_channels_last(x)
+
+
+def fastest_layout(device: torch.device) -> torch.memory_format:
+    """The layout in which the network is fastest on a device, with or without gradients as is the case.
+
+    cuDNN's half-precision kernels take channels_last as it is. On a CPU oneDNN's forward convolutions are
+    faster with it too, but what a gradient needs besides is faster on contiguous images.
+    """
+    trains_on_cpu = device.type == "cpu" and torch.is_grad_enabled()
+    return torch.contiguous_format if trains_on_cpu else torch.channels_last
 
 
 def space_to_depth(x: Tensor, block: int) -> Tensor:

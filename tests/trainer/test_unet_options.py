@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 from tests.trainer.unet_support import SMALL, TINY, inputs, output, random_unet, randomise
 from trainer.blocks import Attention, Downsample, Head, ResBlock, Upsample
-from trainer.layers import Dropout, depth_to_space, space_to_depth
+from trainer.layers import Conv2d, Dropout, depth_to_space, space_to_depth
 from trainer.unet import Profile, UNet, UNetConfig, compile_blocks
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -22,7 +22,7 @@ LABELS = torch.tensor([0, 1, 2, 3])
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_both_layouts_compute_the_same(heads: int) -> None:
-    """Values and gradients: attention and 1x1 convolutions go by other ways in each."""
+    """Values and gradients."""
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         model = random_unet(replace(SMALL, num_heads=heads), torch.float64)
@@ -32,6 +32,29 @@ def test_both_layouts_compute_the_same(heads: int) -> None:
         found.append([out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_a_gpu_prefers_computes_the_same(heads: int) -> None:
+    """Attention and 1x1 convolutions over pixels against those over channels: values and gradients."""
+    config = replace(SMALL, num_heads=heads)
+    model = random_unet(config, torch.float64)
+    attention, width = model.mid.attention, config.widths[-1]
+    h = torch.randn(2, width, 4, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(3 * width, width, dtype=torch.float64) / width**0.5
+    bias = torch.randn(3 * width, dtype=torch.float64)
+    conv = Conv2d(width, 8, 1, config.conventions).double()
+    operands = [h.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    pairs = [
+        (attention.mix_pixels(*operands), attention.mix_channels(*operands), operands),
+        (conv.dense(h), conv(h), [h, conv.weight, conv.bias]),
+    ]
+    for one, other, tensors in pairs:
+        torch.testing.assert_close(one, other)
+        assert one.stride() == other.stride()
+        gradients = (torch.autograd.grad(out.square().sum(), tensors) for out in (one, other))
+        for mine, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.001])
