@@ -37,8 +37,8 @@ from data_pipeline.team import Pending, Team
 log = logging.getLogger(__name__)
 
 REJECTED_FILE: Final = "rejected.jsonl"
-_WORTH_A_PROCESS: Final = 2048
-"""Pictures: preparing fewer takes less time than starting the process."""
+_WORTH_A_PROCESS: Final = 512
+"""Pictures: coding fewer anew takes little more time than starting the process."""
 _SHARD_FILE: Final = re.compile(r"shard-\d{6,}\.(tar|idx)")
 
 
