@@ -27,8 +27,8 @@ D = TypeVar("D", bound=Document)
 
 UNFINISHED_FILE: Final = "unfinished.json"
 _ITEMS: Final = "unfinished-items-"
-_SHARD: Final = "unfinished-"
-"""Followed by the shard's name."""
+_RECORD: Final = "unfinished-"
+_SHARD_RECORD: Final = "unfinished-shard-"
 
 
 class Unfinished(Document):
@@ -159,7 +159,7 @@ class Journal:
         if self._storage.create(UNFINISHED_FILE, build.to_json()):
             return
         theirs = self._read(Unfinished, UNFINISHED_FILE)
-        if self._names(_SHARD + "shard-"):
+        if self._names(_SHARD_RECORD):
             whose = f"the data set {theirs.name!r}" if theirs else "another version"
             raise UserError(
                 f"{self._storage.url}: holds an unfinished build of {whose} that differs in "
@@ -197,7 +197,11 @@ class Journal:
             told: Number of the item before which `segments` tell everything.
         """
         finished: dict[str, list[FinishedShard]] = {split: [] for split in SPLITS}
-        found = filter(None, (self._read(FinishedShard, name) for name in self._names(_SHARD + "shard-")))
+        there = set(self._storage.list())
+        records = (
+            self._read(FinishedShard, name) for name in sorted(there) if name.startswith(_SHARD_RECORD)
+        )
+        found = [shard for shard in records if shard and {shard.entry.name, shard.entry.idx_name} <= there]
         for shard in sorted(found, key=lambda shard: (shard.split, shard.ordinal)):
             if shard.ordinal == len(finished[shard.split]) and shard.last < told:
                 finished[shard.split].append(shard)
@@ -210,11 +214,11 @@ class Journal:
     def add_shard(self, shard: FinishedShard) -> None:
         """Record a shard; the segments of all its items must be recorded."""
         name = shard.entry.name.removesuffix(".tar")
-        self._storage.write(f"{_SHARD}{name}.json", shard.to_json())
+        self._storage.write(f"{_RECORD}{name}.json", shard.to_json())
 
     def clear(self) -> None:
         """Remove all records, the claim last."""
-        for name in (*self._names(_SHARD), UNFINISHED_FILE):
+        for name in (*self._names(_RECORD), UNFINISHED_FILE):
             self._storage.delete(name)
 
     def _names(self, prefix: str) -> list[str]:

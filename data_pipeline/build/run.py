@@ -130,6 +130,7 @@ def find_built(source: Source, out_url: str, options: BuildOptions, *, workers: 
                     groups += run.groups
                     progress.update(run.first + run.count)
         if source_sha256(bytes(groups)) == index.source_sha256:
+            Journal(storage).clear()  # of a build that was killed right after its last step
             return index
         different = ["the source's pictures"]
     raise UserError(
@@ -170,7 +171,6 @@ def build(
     storage = Storage(out_url)
     built = find_built(source, out_url, options, workers=workers)
     if built is not None:
-        Journal(storage).clear()  # of a build that was killed right after its last step
         return built
     survey = source.survey()
     if survey.count == 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.build import BuildOptions, Grain, build
+from data_pipeline.build import BuildOptions, Grain, build, find_built
 from data_pipeline.errors import StorageFault
 from data_pipeline.sources import Item, Place
 from data_pipeline.sources.arrays import ArraySource
@@ -133,6 +133,29 @@ def test_damaged_records_cost_work_but_no_truth(
     else:
         record.write_bytes(damage)
     build(ArraySource(pictures), str(tmp_path), OPTIONS, grain=GRAIN)
+    assert contents(tmp_path) == clean
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+def test_a_shard_that_is_gone_is_written_again(
+    pictures: Path, clean: dict[str, bytes], tmp_path: Path, suffix: str
+) -> None:
+    break_off(pictures, str(tmp_path))
+    record = sorted(tmp_path.glob("unfinished-shard-*"))[1]
+    (tmp_path / f"{record.stem.removeprefix('unfinished-')}.{suffix}").unlink()
+    build(ArraySource(pictures), str(tmp_path), OPTIONS, grain=GRAIN)
+    assert contents(tmp_path) == clean
+
+
+def test_killed_between_the_index_and_the_end(
+    pictures: Path, clean: dict[str, bytes], tmp_path: Path
+) -> None:
+    break_off(pictures, str(tmp_path))
+    left = {file.name: file.read_bytes() for file in tmp_path.glob("unfinished*")}
+    build(ArraySource(pictures), str(tmp_path), OPTIONS, grain=GRAIN)
+    for name, data in left.items():
+        (tmp_path / name).write_bytes(data)
+    assert find_built(ArraySource(pictures), str(tmp_path), OPTIONS) is not None
     assert contents(tmp_path) == clean
 
 
