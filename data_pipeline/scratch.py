@@ -64,7 +64,8 @@ class ScratchFolder:
             self._lock = _lock(Path(f"{self.path}.lock"))
         except BlockingIOError as error:
             raise UserError(
-                f"{self.path}: the same {purpose} is running on this machine already; wait for its end"
+                f"{' '.join(identity)}: the same {purpose} is running on this machine already (it holds "
+                f"{self.path}); wait for its end"
             ) from error
         except OSError as error:
             raise UserError(
