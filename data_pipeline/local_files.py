@@ -68,7 +68,7 @@ class LocalFiles:
         final = Path(path)
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:  # not to be taken for "the new file is there already"
+        except (FileExistsError, FileNotFoundError) as error:  # not to be taken for those of the file itself
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(final.parent)) from error
         temporary = final.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:

@@ -44,6 +44,7 @@ class Progress:
         self._silent = silent
         self._began = time.monotonic()
         self._next_line = self._began
+        self._facts: dict[str, str] = {}
         self._bar: RichProgress | None = None
         if not silent and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -61,11 +62,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None and self._done > self._start:
-            self._print_line({})
+            self._print_line(self._facts)
 
     def update(self, done: int, **facts: str) -> None:
         """State that `done` units are finished in all; `facts` are shown beside, e.g. loss="0.031"."""
-        self._done = done
+        self._done, self._facts = done, facts
         if self._bar is not None:
             self._bar.update(self._task, completed=done, text=self._text(facts))
         elif time.monotonic() >= self._next_line:
@@ -75,7 +76,7 @@ class Progress:
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = (self._done - self._start) / seconds
         parts = [f"{self._done}/{self._total} {self._unit}" if self._total else f"{self._done} {self._unit}"]
-        parts.append(f"{rate:.4g} {self._unit}/s")
+        parts.append(f"{rate:,.0f} {self._unit}/s" if rate >= 100 else f"{rate:.3g} {self._unit}/s")
         if self._total and rate > 0:
             parts.append(f"ETA {_duration(max(self._total - self._done, 0) / rate)}")
         parts.extend(f"{name} {value}" for name, value in facts.items())

@@ -65,7 +65,7 @@ class ScratchFolder:
         except BlockingIOError as error:
             raise UserError(
                 f"{' '.join(identity)}: the same {purpose} is running on this machine already (it holds "
-                f"{self.path}); wait for its end"
+                f"{self.path}); wait for its end or set TMPDIR to another folder"
             ) from error
         except OSError as error:
             raise UserError(

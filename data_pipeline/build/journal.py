@@ -29,6 +29,8 @@ UNFINISHED_FILE: Final = "unfinished.json"
 _ITEMS: Final = "unfinished-items-"
 _RECORD: Final = "unfinished-"
 _SHARD_RECORD: Final = "unfinished-shard-"
+_SHARD: Final = "shard-"
+"""Start of the names of all shards."""
 
 
 class Unfinished(Document):
@@ -148,7 +150,7 @@ class Journal:
 
         Args:
             build: Whose it is to be.
-            start_over: Throw away what another build left unfinished. One that finished no shard is thrown
+            start_over: Throw away what another build left unfinished. One that wrote no shard is thrown
                 away in any case.
 
         Raises:
@@ -159,7 +161,7 @@ class Journal:
         if self._storage.create(UNFINISHED_FILE, build.to_json()):
             return
         theirs = self._read(Unfinished, UNFINISHED_FILE)
-        if self._names(_SHARD_RECORD):
+        if self._names(_SHARD):  # whether their records were written yet or not
             whose = f"the data set {theirs.name!r}" if theirs else "another version"
             raise UserError(
                 f"{self._storage.url}: holds an unfinished build of {whose} that differs in "

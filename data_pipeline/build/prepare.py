@@ -176,7 +176,8 @@ def _fit(item: Item, form: Form) -> Fitted | Rejected:
         return Rejected(item.where, str(error))
     except GeometryError as error:
         raise UserError(
-            f"{item.where}: {error}; give --size N --geometry ddpm-lsun to crop and resize all pictures"
+            f"{item.where}: {error}; give --size N and, in the place of none, --geometry ddpm-lsun to crop and "
+            "resize all pictures"
         ) from error
 
 

@@ -167,7 +167,7 @@ def build(
             another unfinished build or foreign shards at `out_url`, or no space.
         StorageFault: The storage kept failing, or a process died: the same call goes on from there.
     """
-    options = options or BuildOptions()
+    options, grain = options or BuildOptions(), grain or Grain()
     storage = Storage(out_url)
     built = find_built(source, out_url, options, workers=workers)
     if built is not None:
@@ -178,8 +178,9 @@ def build(
     plan = make_plan(source, options)
     with ScratchFolder("data-build", storage.url) as scratch:
         scratch.empty()
-        made = _Build(source, survey, plan, storage, scratch.path, grain or Grain())
+        made = _Build(source, survey, plan, storage, scratch.path, grain)
         made.claim(start_over=start_over)
+        workers = min(workers, -(-survey.count // grain.run))
         with Team(_MakeWorker(source, plan, scratch.path, storage.url), workers) as team:
             made.write_shards(team)
         return made.publish(options.max_rejected)
@@ -235,18 +236,19 @@ class _Build:
             log.warning(
                 "%s: going on with an unfinished build at item %d", self._storage.url, max(covered.values())
             )
-        with Progress("build", self._count, "img", start=first) as progress:
-            for run in _prepared(team, self._source, first, covered, self._grain):
-                self._tell(run)
-                for split in SPLITS:
-                    if len(run.samples[split]):
-                        self._parts[split].append(run.first)
-                self._write(packer.add(run), team)
-                progress.update(run.first + run.count, rejected=str(len(self._rejected)))
+        try:
+            with Progress("build", self._count, "img", start=first) as progress:
+                for run in _prepared(team, self._source, first, covered, self._grain):
+                    self._take_over(run, packer, team)
+                    rejected = len(self._rejected) + sum(len(each.rejected) for each in self._untold)
+                    progress.update(run.first + run.count, rejected=str(rejected))
             self._tell(None)
             self._write(packer.finish(), team)
             while self._writing:
                 self._finish_one()
+        except KeyboardInterrupt:
+            self._record_what_is_done()
+            raise
         assert not self._unrecorded, "every item is told of"
 
     def publish(self, max_rejected: float) -> Index:
@@ -286,6 +288,19 @@ class _Build:
             raise UserError(f"{self._storage.url}: another build finished here first; choose another --out")
         self._journal.clear()
         return index
+
+    def _take_over(self, run: Prepared, packer: Packer, team: Team[_Worker]) -> None:
+        self._tell(run)
+        for split in SPLITS:
+            if len(run.samples[split]):
+                self._parts[split].append(run.first)
+        self._write(packer.add(run), team)
+
+    def _record_what_is_done(self) -> None:
+        """Leave as little as possible to be done again."""
+        self._tell(None)
+        while self._writing and self._writing[0][1].done:
+            self._finish_one()
 
     def _tell(self, run: Prepared | None) -> None:
         """Record what was found out about items, a segment at a time; None: there are no more."""

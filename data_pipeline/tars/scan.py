@@ -20,7 +20,7 @@ from data_pipeline.storage import Storage
 from data_pipeline.tars.samples import Payload, Sample, samples
 from data_pipeline.tars.walk import StreamedFile, TarDamage
 
-REMEDY: Final = "build new shards with `ddpm data build tar … --size N`"
+REMEDY: Final = "unpack them and build new shards with `ddpm data build folder … --size N`"
 _GREY: Final = ("1", "L", "LA")
 _ROWS: Final = 4096
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from data_pipeline.inspect import BuildReport
     from data_pipeline.sources import Source
 
+_SHARD_BYTES = 8 << 20
 app = typer.Typer(no_args_is_help=True, help="Build indexed WebDataset shards and look into them.")
 
 DataUrl = Annotated[str, typer.Argument(metavar="URL", help="A finished data set: folder or fsspec URL.")]
@@ -84,7 +85,7 @@ def build(
         typer.Option("--labels", help="Take class labels from sub-folders, or the collection's own list."),
     ] = False,
     val_fraction: ValFraction = None,
-    shard_bytes: Annotated[int, typer.Option(min=1, help="Largest size of a shard in bytes.")] = 8 << 20,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Largest size of a shard in bytes.")] = _SHARD_BYTES,
     max_rejected: MaxRejected = 0.001,
     name: Annotated[str | None, typer.Option(help="Name of the data set. Default: the source's.")] = None,
     workers: Workers = None,
@@ -112,8 +113,10 @@ def build(
             raise UserError(
                 "ddpm data build webdataset: name the folder or URL of the tars after `webdataset`"
             )
-        given = {"--size": size, "--channels": channels, "--geometry": geometry}
+        given: dict[str, object] = {"--size": size, "--channels": channels, "--geometry": geometry}
         given |= {"--labels": labels or None, "--start-over": start_over or None}
+        given |= {"--encoding": None if encoding == "png" else encoding}
+        given |= {"--shard-bytes": None if shard_bytes == _SHARD_BYTES else shard_bytes}
         for option, value in given.items():
             if value is not None:
                 raise UserError(f"{option}: tars are indexed as they are; leave it out, or build kind tar")
@@ -149,7 +152,11 @@ def _build(
         workers = building.default_workers(source)
     found = building.find_built(source, out, options, workers=workers)
     if found is None:
-        building.build(source, out, options, workers=workers, start_over=start_over)
+        try:
+            building.build(source, out, options, workers=workers, start_over=start_over)
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command goes on from here", err=True)
+            raise
     report = summarise(out, already_built=found is not None, ignored=source.ignored)
     _print_built(report, as_json)
 
@@ -177,7 +184,12 @@ def _print_built(report: "BuildReport", as_json: bool) -> None:
 @app.command()
 def index(
     url: Annotated[str, typer.Argument(metavar="URL", help="Folder or fsspec URL with WebDataset tars.")],
-    val_fraction: ValFraction = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Least share kept for validation, in whole tars. Default: 0.05.", show_default=False
+        ),
+    ] = None,
     max_rejected: MaxRejected = 0.001,
     name: Annotated[str | None, typer.Option(help="Name of the data set. Default: the folder's.")] = None,
     workers: Workers = None,
@@ -185,8 +197,8 @@ def index(
 ) -> None:
     """Index WebDataset tars where they lie: records beside each tar, index.json last; no tar is changed.
 
-    Tars with val, test or validation in their names are the validation split; if there are none, whole tars
-    are chosen by content hash until they hold --val-fraction of the pictures.
+    Tars with val, valid, validation or test in their names are the validation split; if there are none, whole
+    tars are chosen by content hash until they hold --val-fraction of the pictures.
 
     Example: ddpm data index s3://bucket/imagenet64-tars
     """

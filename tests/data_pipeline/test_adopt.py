@@ -347,7 +347,7 @@ def test_pictures_must_be_squares_of_one_size(tmp_path: Path) -> None:
     folder = fill(tmp_path)
     odd = folder / "part-1.tar"
     odd.write_bytes(tar_of([*plain(0), ("big.jpg", picture(1, size=16))]))
-    remedy = r"build new shards with `ddpm data build tar … --size N`$"
+    remedy = r"unpack them and build new shards with `ddpm data build folder … --size N`$"
     with pytest.raises(
         UserError,
         match=rf"part-1\.tar: pictures differ in size: 0000 has 8 x 8 pixels, big 16 x 16; {remedy}",

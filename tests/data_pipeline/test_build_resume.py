@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipeline.build import BuildOptions, Grain, build, find_built
-from data_pipeline.errors import StorageFault
+from data_pipeline.encoding import Encoding
+from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.sources import Item, Place
 from data_pipeline.sources.arrays import ArraySource
 from data_pipeline.storage import Storage
@@ -134,6 +136,36 @@ def test_damaged_records_cost_work_but_no_truth(
         record.write_bytes(damage)
     build(ArraySource(pictures), str(tmp_path), OPTIONS, grain=GRAIN)
     assert contents(tmp_path) == clean
+
+
+def test_ctrl_c_records_what_is_done(pictures: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+    """Pictures of a segment that is not full, and the shards that lie there, are not done again."""
+
+    class Interrupted(ArraySource):
+        def read(self, first: int, places: Sequence[Place]) -> Iterator[Item]:
+            if first >= 448:
+                raise KeyboardInterrupt
+            return super().read(first, places)
+
+    wide = Grain(run=64, segment=100)
+    with pytest.raises(KeyboardInterrupt):
+        build(Interrupted(pictures), str(tmp_path), OPTIONS, grain=wide)
+    recorded = [
+        f"{file.stem.removeprefix('unfinished-')}.tar" for file in tmp_path.glob("unfinished-shard-*")
+    ]
+    assert sorted(recorded) == sorted(file.name for file in tmp_path.glob("shard-*.tar"))
+    assert len(recorded) >= 3
+    build(ArraySource(pictures), str(tmp_path), OPTIONS, grain=wide)
+    assert contents(tmp_path) == clean
+
+
+def test_shards_protect_the_place_before_they_are_recorded(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageFault):
+        build(Failing(pictures), str(tmp_path), OPTIONS, grain=Grain(run=64, segment=100))
+    assert list(tmp_path.glob("shard-*"))
+    assert not list(tmp_path.glob("unfinished-*"))
+    with pytest.raises(UserError, match=r"differs in encoding.*; .*--start-over"):
+        build(ArraySource(pictures), str(tmp_path), replace(OPTIONS, encoding=Encoding.SOURCE), grain=GRAIN)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx"])

@@ -152,7 +152,7 @@ def test_compressed_tar_names_the_disk_it_needs(tmp_path: Path, scratch: Path) -
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, limits[1]))  # the kernel refuses, as on a full disk
     try:
-        with pytest.raises(UserError, match=r"a\.tgz: needs 0\.03 GiB unpacked.*free\); set TMPDIR"):
+        with pytest.raises(UserError, match=r"a\.tgz: needs 30\.0 MiB unpacked.*free\); set TMPDIR"):
             TarSource(packed)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
