@@ -159,7 +159,11 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     assert channels in (1, 3)
     if image.mode not in _EIGHT_BIT_MODES:
         raise DecodeError(f"pixel mode {image.mode} is not 8 bits per channel; convert the picture")
-    if image.has_transparency_data:
+    try:
+        transparent = image.has_transparency_data
+    except AssertionError as error:  # Pillow's, of a palette picture without a palette
+        raise DecodeError("damaged picture: its palette is missing") from error
+    if transparent:
         coloured = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
         image.alpha_composite(coloured)

@@ -61,6 +61,11 @@ class LocalFiles:
         """Remove a file; absent is fine."""
         Path(path).unlink(missing_ok=True)
 
+    def sweep(self, path: str) -> None:
+        """Remove what killed processes were writing."""
+        for temporary in Path(path).glob(f"{_TEMPORARY}*"):
+            temporary.unlink(missing_ok=True)
+
     @staticmethod
     def _publish(
         path: str, fill: Callable[[BinaryIO], object], name_it: Callable[[Path, Path], None]

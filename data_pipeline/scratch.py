@@ -55,13 +55,19 @@ class ScratchFolder:
 
     def __init__(self, purpose: str, *identity: str) -> None:
         digest = hashlib.sha256("\0".join(identity).encode("utf-8", "backslashreplace")).hexdigest()[:16]
-        above = Path(tempfile.gettempdir()) / f"ddpm-{os.getuid()}"
+        try:
+            above = Path(tempfile.gettempdir()) / f"ddpm-{os.getuid()}"
+        except OSError as error:
+            raise UserError(
+                f"no folder for temporary files can be written ({error.strerror}); set TMPDIR to one that can"
+            ) from error
         self.path = above / f"{purpose}-{digest}"
         try:
             above.mkdir(mode=0o700, exist_ok=True)
             if above.is_symlink() or above.stat().st_uid != os.getuid():
                 raise UserError(f"{above}: belongs to somebody else; set TMPDIR to a folder of your own")
             self._lock = _lock(Path(f"{self.path}.lock"))
+            self.path.mkdir(exist_ok=True)
         except BlockingIOError as error:
             raise UserError(
                 f"{' '.join(identity)}: the same {purpose} is running on this machine already (it holds "
@@ -71,7 +77,6 @@ class ScratchFolder:
             raise UserError(
                 f"{above}: cannot be used ({error.strerror}); set TMPDIR to another folder"
             ) from error
-        self.path.mkdir(exist_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -72,6 +72,9 @@ class Backend(Protocol):
     def delete(self, path: str) -> None:
         """Remove a file; absent is fine."""
 
+    def sweep(self, path: str) -> None:
+        """Remove from a folder what killed processes were writing."""
+
 
 class RemoteFiles:
     """Any fsspec filesystem without a local disk's semantics (s3, gcs, memory, http …)."""
@@ -121,6 +124,9 @@ class RemoteFiles:
             raise FileNotFoundError(errno.ENOENT, "not an object", path)
         return int(info["size"])
 
+    def sweep(self, path: str) -> None:
+        """Nothing: an object is there whole or not at all."""
+
     def delete(self, path: str) -> None:
         """Remove an object; absent is fine."""
         try:
@@ -155,6 +161,8 @@ class Storage:
         self._give_up_after = give_up_after
         self._counter = _Counter()
         self._backend: Backend
+        if "://" in url and not rest.strip("/") and protocol != "file":
+            raise UserError(f"{url}: names no bucket; give a URL such as s3://bucket/prefix")
         if not rest or protocol == "file":
             self._root = str(Path(rest or url).expanduser().absolute())
             self.url = self._root
@@ -273,6 +281,10 @@ class Storage:
     def delete(self, path: str) -> None:
         """Remove a file; it is no error if there is none."""
         self._attempt(path, lambda full: self._backend.delete(full))
+
+    def sweep(self) -> None:
+        """Remove what killed processes were writing; nobody may be writing here now."""
+        self._attempt("", lambda full: self._backend.sweep(full))
 
     def prove_create_only(self) -> None:
         """Check by trying that this place honours create-only writes; the formats depend on it.

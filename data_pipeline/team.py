@@ -122,7 +122,10 @@ class Team(Generic[W]):
         for member in self._members:
             if member.at is None and self._waiting:
                 task, member.at = self._waiting.popleft()
-                member.connection.send(task)
+                try:
+                    member.connection.send(task)
+                except (BrokenPipeError, ConnectionResetError):
+                    raise _died(member) from None
 
     def _pump(self, wanted: Pending[Any]) -> None:
         """Get on until one more outcome is there."""
@@ -138,15 +141,19 @@ class Team(Generic[W]):
             try:
                 outcome = member.connection.recv()
             except (EOFError, ConnectionResetError):
-                member.process.join()
-                raise StorageFault(
-                    f"a worker process died ({_how(member.process.exitcode)}); "
-                    "run the same command again to go on, with fewer --workers if memory ran out"
-                ) from None
+                raise _died(member) from None
             assert member.at is not None
             member.at._outcome.append(outcome)
             member.at = None
         self._assign()
+
+
+def _died(member: _Member) -> StorageFault:
+    member.process.join()
+    return StorageFault(
+        f"a worker process died ({_how(member.process.exitcode)}); "
+        "run the same command again to go on, with fewer --workers if memory ran out"
+    )
 
 
 def _how(exit_code: int | None) -> str:

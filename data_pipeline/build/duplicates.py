@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.build.prepare import CONTENT
+from data_pipeline.build.prepare import CONTENT, NO_CONTENT
 from data_pipeline.documents import canonical_json
 from data_pipeline.scratch import naming_full_scratch
 from data_pipeline.sources import Source
@@ -46,6 +46,8 @@ class ContentSpool:
             differ = (words[order[1:]] != words[order[:-1]]).any(axis=1)
             edges = np.concatenate([[0], np.flatnonzero(differ) + 1, [len(order)]])
             for group in np.flatnonzero(np.diff(edges) > 1):
+                if contents[order[edges[group]]].tobytes() == NO_CONTENT:
+                    continue
                 yield numbers[order[edges[group] : edges[group + 1]]]
 
     def _part(self, part: int, parts: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.void]]:

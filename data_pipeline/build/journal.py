@@ -17,9 +17,9 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict
 
 from data_pipeline.build.packing import PackedShard
 from data_pipeline.build.prepare import CONTENT, HASH_GROUP, SPLITS, Prepared
-from data_pipeline.documents import Document
+from data_pipeline.documents import Document, sha256_hex
 from data_pipeline.errors import UserError
-from data_pipeline.index import ShardEntry
+from data_pipeline.index import INDEX_FILE, ShardEntry
 from data_pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Segment(Document):
     """About consecutive items of the source.
 
     Attributes:
+        build: SHA-256 of the `unfinished.json` it belongs to.
         first: Number of the first one.
         count: How many.
         groups: SHA-256 of each group of `HASH_GROUP` items, end to end.
@@ -73,6 +74,7 @@ class Segment(Document):
 
     SCHEMA: ClassVar[str] = "build-items/1"
 
+    build: str = ""
     first: int
     count: int
     groups: Base64Bytes
@@ -105,6 +107,7 @@ class FinishedShard(Document):
     """A shard that was written.
 
     Attributes:
+        build: SHA-256 of the `unfinished.json` it belongs to.
         entry: As in the index.
         split: "train" or "val".
         ordinal: Among the shards of its split.
@@ -115,6 +118,7 @@ class FinishedShard(Document):
 
     SCHEMA: ClassVar[str] = "build-shard/1"
 
+    build: str = ""
     entry: ShardEntry
     split: str
     ordinal: int
@@ -144,6 +148,7 @@ class Journal:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        self._build = ""
 
     def claim(self, build: Unfinished, *, start_over: bool) -> None:
         """Mark the place as that of this build, or check that it is.
@@ -159,6 +164,12 @@ class Journal:
         if start_over:
             self.clear()
         if self._storage.create(UNFINISHED_FILE, build.to_json()):
+            self._build = sha256_hex(build.to_json())
+            if self._storage.exists(INDEX_FILE):  # finished by another build since we looked
+                self.clear()
+                raise UserError(
+                    f"{self._storage.url}: another build finished here first; choose another --out"
+                )
             return
         theirs = self._read(Unfinished, UNFINISHED_FILE)
         if self._names(_SHARD):  # whether their records were written yet or not
@@ -188,7 +199,9 @@ class Journal:
         told = 0
         for name in self._names(_ITEMS):  # sorted, and their numbers have leading zeros
             segment = self._read(Segment, name)
-            if segment is not None and segment.is_sound() and segment.first == told:
+            if segment is None or segment.build != self._build or not segment.is_sound():
+                continue
+            if segment.first == told:
                 told = segment.stop
                 yield segment
 
@@ -205,18 +218,21 @@ class Journal:
         )
         found = [shard for shard in records if shard and {shard.entry.name, shard.entry.idx_name} <= there]
         for shard in sorted(found, key=lambda shard: (shard.split, shard.ordinal)):
-            if shard.ordinal == len(finished[shard.split]) and shard.last < told:
+            ours = shard.build == self._build
+            if ours and shard.ordinal == len(finished[shard.split]) and shard.last < told:
                 finished[shard.split].append(shard)
         return finished
 
     def add_segment(self, segment: Segment) -> None:
         """Record what was found out about items."""
-        self._storage.write(f"{_ITEMS}{segment.first:09d}.json", segment.to_json())
+        mine = segment.model_copy(update={"build": self._build})
+        self._storage.write(f"{_ITEMS}{segment.first:09d}.json", mine.to_json())
 
     def add_shard(self, shard: FinishedShard) -> None:
         """Record a shard; the segments of all its items must be recorded."""
         name = shard.entry.name.removesuffix(".tar")
-        self._storage.write(f"{_RECORD}{name}.json", shard.to_json())
+        mine = shard.model_copy(update={"build": self._build})
+        self._storage.write(f"{_RECORD}{name}.json", mine.to_json())
 
     def clear(self) -> None:
         """Remove all records, the claim last."""

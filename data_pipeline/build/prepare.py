@@ -30,6 +30,9 @@ _BUFFER: Final = 1 << 20
 CONTENT: Final = np.dtype("V16")
 """The first half of the SHA-256 of a picture's bytes: tells duplicates, and the split."""
 
+NO_CONTENT: Final = bytes(CONTENT.itemsize)
+"""Of a picture that was left out: it is equal to none."""
+
 SAMPLE: Final = np.dtype(
     [
         ("item", "<i8"),  # number in the source
@@ -153,6 +156,7 @@ def prepare(source: Source, run: Run, form: Form, val_fraction: float | None, sc
                 parts[split].add(number, item.key, fitted, meta)
             else:
                 rejected.append(fitted)
+                contents[-1] = NO_CONTENT
         for part in parts.values():
             part.close()
     assert len(lines) == len(run.places), f"{source.kind}: one item for each place"
@@ -176,8 +180,8 @@ def _fit(item: Item, form: Form) -> Fitted | Rejected:
         return Rejected(item.where, str(error))
     except GeometryError as error:
         raise UserError(
-            f"{item.where}: {error}; give --size N and, in the place of none, --geometry ddpm-lsun to crop and "
-            "resize all pictures"
+            f"{item.where}: {error}; give --size N and, in the place of none, --geometry ddpm-lsun to crop "
+            "and resize all pictures"
         ) from error
 
 

@@ -198,7 +198,12 @@ class _Build:
         self._identity = Unfinished(
             name=plan.name,
             kind=plan.kind,
-            plan={**plan.document(), "run": grain.run, "segment": grain.segment},
+            plan={
+                **plan.document(),
+                "labels": source.labelled,
+                "run": grain.run,
+                "segment": grain.segment,
+            },
             stamp=survey.stamp,
         )
         self._groups = bytearray()
@@ -257,6 +262,11 @@ class _Build:
         Raises:
             UserError: Too many rejections, an empty split, or another build took over.
         """
+        self._journal.check(self._identity)
+        if self._source.survey().stamp != self._identity.stamp:
+            raise UserError(
+                f"{self._source.name}: changed while it was read; leave it alone and add --start-over"
+            )
         duplicates = report_duplicates(self._contents, self._source, self._storage)
         self._report_rejected(max_rejected)
         index = Index(
@@ -279,6 +289,7 @@ class _Build:
                     "change --val-fraction or add pictures"
                 )
         self._journal.check(self._identity)
+        self._storage.sweep()
         ours = index.files()
         for name in self._storage.list():
             of_another_build = _SHARD_FILE.fullmatch(name) and name not in ours

@@ -67,6 +67,7 @@ class Source(ABC):
             None: every item tells its own split, and the user cannot choose.
         classes: Names of the classes, by label number; empty if there are none.
         ignored: Files seen that are no pictures, once all places were asked for.
+        labelled: The user asked for class numbers; they are part of what a build is.
     """
 
     kind: ClassVar[str]
@@ -79,6 +80,7 @@ class Source(ABC):
     default_val_fraction: float | None = 0.05
     classes: tuple[str, ...] = ()
     ignored: int = 0
+    labelled: bool = False
 
     @abstractmethod
     def places(self) -> Iterator[Place]:

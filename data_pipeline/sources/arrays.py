@@ -51,6 +51,7 @@ class ArraySource(Source):
 
     def __init__(self, path: str | os.PathLike[str], *, labels: bool = False) -> None:
         place = Path(path).expanduser()
+        self.labelled = labels
         if place.is_dir():
             if labels:
                 raise UserError(f"{place}: a folder of .npy files tells no labels; save all in one .npz")
@@ -59,7 +60,8 @@ class ArraySource(Source):
             self._content = _Stack(place, labels)
         else:
             raise UserError(f"{place}: no such file; name an .npy, an .npz or a folder of .npy files")
-        self.name = place.resolve().name.removesuffix(".npz").removesuffix(".npy")
+        stem = place.resolve().name.removesuffix(".npz").removesuffix(".npy")
+        self.name = readable(os.fsencode(stem))
         self.native_size = self._content.native_size
         self.default_channels = self._content.channels
 

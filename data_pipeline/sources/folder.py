@@ -44,8 +44,9 @@ class FolderSource(Source):
 
     def __init__(self, folder: str | os.PathLike[str], *, labels: bool = False) -> None:
         self._root = Path(folder).expanduser()
+        self.labelled = labels
         _refuse_other_kinds(self._root)
-        self.name = self._root.resolve().name or "folder"
+        self.name = readable(os.fsencode(self._root.resolve().name)) or "folder"
         self._numbers: dict[str, int] | None = None
         if labels:
             folders = [name[:-1] for name in _entries(self._root) if name.endswith(_FOLDER_MARK)]

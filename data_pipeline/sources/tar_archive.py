@@ -87,7 +87,8 @@ class TarSource(Source):
 
     def __init__(self, path: str | os.PathLike[str], *, labels: bool = False) -> None:
         self._path = archive_path(path, self.kind)
-        self.name = _stem(self._path.name)
+        self.labelled = labels
+        self.name = readable(os.fsencode(_stem(self._path.name)))
         self._scratch: ScratchFolder | None = None
         self._classes: FolderClasses | None = None
         plain = self._path

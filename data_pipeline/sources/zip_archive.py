@@ -75,7 +75,8 @@ class ZipSource(Source):
 
     def __init__(self, path: str | os.PathLike[str], *, labels: bool = False) -> None:
         self._path = archive_path(path, self.kind)
-        self.name = self._path.stem
+        self.labelled = labels
+        self.name = readable(os.fsencode(self._path.stem))
         self._file = LocalFile(self._path)
         self._labels = labels
         self._listing: list[ZipPlace] | None = self._list()

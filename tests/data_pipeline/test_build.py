@@ -339,6 +339,33 @@ def test_labels_and_classes_are_kept(tmp_path: Path) -> None:
     assert all(meta["path"].startswith(index.classes[meta["label"]]) for meta in metas)
 
 
+def test_labels_are_part_of_what_is_built(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        fill(tmp_path / "in" / name, 20)
+    (tmp_path / "in" / "cat" / "broken.png").write_bytes(b"a")
+    (tmp_path / "in" / "dog" / "broken.png").write_bytes(b"b")
+    options, out = BuildOptions(val_fraction=0.3), str(tmp_path / "out")
+    with pytest.raises(UserError, match="are unreadable"):
+        build(FolderSource(tmp_path / "in"), out, options)
+    with pytest.raises(UserError, match="differs in labels;"):
+        build(FolderSource(tmp_path / "in", labels=True), out, options)
+
+
+def test_unreadable_pictures_are_equal_to_none(tmp_path: Path) -> None:
+    source = fill(tmp_path / "in", 20)
+    for name in ("x.png", "y.png"):
+        (source / name).write_bytes(b"the same rubbish")
+    options = BuildOptions(val_fraction=0.3, max_rejected=0.5)
+    index = build(FolderSource(source), str(tmp_path / "out"), options)
+    assert (index.rejected, index.duplicates) == (2, 0)
+
+
+def test_a_name_that_is_no_unicode(tmp_path: Path) -> None:
+    source = fill(Path(os.fsdecode(os.fsencode(tmp_path) + b"/in\xff")), 20)
+    index = build(FolderSource(source), str(tmp_path / "out"), BuildOptions(val_fraction=0.3))
+    assert index.name == "in\\xff"
+
+
 def test_another_unfinished_build_is_not_thrown_away_by_accident(tmp_path: Path) -> None:
     source, out = fill(tmp_path / "in", 80), str(tmp_path / "out")
     (source / "079.png").write_bytes(b"broken")

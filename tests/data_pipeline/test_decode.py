@@ -249,3 +249,14 @@ def test_grey_is_exact() -> None:
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     for mode in ("L", "RGB", "RGBA", "LA"):
         assert np.array_equal(pixels(to_channels(ramp.convert(mode), 1))[:, :, 0], np.asarray(ramp))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_palette_picture_without_its_palette(channels: int) -> None:
+    buffer = io.BytesIO()
+    Image.new("P", (8, 8)).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    start = whole.index(b"PLTE") - 4
+    length = int.from_bytes(whole[start : start + 4], "big")
+    with pytest.raises(DecodeError, match="its palette is missing"):
+        decode(whole[:start] + whole[start + 12 + length :], channels)

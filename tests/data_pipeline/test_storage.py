@@ -209,3 +209,14 @@ def _run(program: str, environment: dict[str, str]) -> None:
         check=True,
         timeout=60,
     )
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "memory://"])
+def test_a_url_without_a_bucket_is_no_local_folder(url: str) -> None:
+    with pytest.raises(UserError, match="names no bucket"):
+        Storage(url)
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_mistake() -> None:
+    with pytest.raises(UserError, match="refused"):
+        Storage("/proc/nothing").write("file", b"")
