@@ -5,7 +5,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,9 @@ class Passthrough:
 
     def ours(self, out: Path) -> None:
         """Build as `ddpm data build lsun` does, the start of its processes included."""
-        index = built(LsunSource(self.database), out, self.options, self.workers)
+        # The next contender opens the database anew, and LMDB allows that once for each process.
+        with closing(LsunSource(self.database)) as source:
+            index = built(source, out, self.options, self.workers)
         assert index.kept == self.pictures, "all pictures fit as they are"
 
     def webdataset(self, out: Path) -> None:
