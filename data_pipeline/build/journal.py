@@ -13,10 +13,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final, Self, TypeVar
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict
+from pydantic import Base64Bytes
 
 from data_pipeline.build.packing import PackedShard
-from data_pipeline.build.prepare import CONTENT, HASH_GROUP, SPLITS, Prepared
+from data_pipeline.build.prepare import CONTENT, HASH_GROUP, SPLITS, Prepared, Rejected
 from data_pipeline.documents import Document, sha256_hex
 from data_pipeline.errors import UserError
 from data_pipeline.index import INDEX_FILE, ShardEntry
@@ -51,20 +51,20 @@ class Unfinished(Document):
     stamp: str
 
 
-class RejectedItem(BaseModel):
-    """A picture that was left out."""
+class _Record(Document):
+    """Something that is done.
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    Attributes:
+        build: SHA-256 of the `unfinished.json` it belongs to; the journal fills it in.
+    """
 
-    path: str
-    reason: str
+    build: str = ""
 
 
-class Segment(Document):
+class Segment(_Record):
     """About consecutive items of the source.
 
     Attributes:
-        build: SHA-256 of the `unfinished.json` it belongs to.
         first: Number of the first one.
         count: How many.
         groups: SHA-256 of each group of `HASH_GROUP` items, end to end.
@@ -74,12 +74,11 @@ class Segment(Document):
 
     SCHEMA: ClassVar[str] = "build-items/1"
 
-    build: str = ""
     first: int
     count: int
     groups: Base64Bytes
     contents: Base64Bytes
-    rejected: list[RejectedItem]
+    rejected: list[Rejected]
 
     @classmethod
     def of(cls, runs: Sequence[Prepared]) -> Self:
@@ -89,7 +88,7 @@ class Segment(Document):
             count=sum(run.count for run in runs),
             groups=base64.b64encode(b"".join(run.groups for run in runs)),
             contents=base64.b64encode(b"".join(run.contents.tobytes() for run in runs)),
-            rejected=[RejectedItem(path=row.path, reason=row.reason) for run in runs for row in run.rejected],
+            rejected=[row for run in runs for row in run.rejected],
         )
 
     @property
@@ -103,11 +102,10 @@ class Segment(Document):
         return (len(self.groups), len(self.contents)) == (32 * groups, CONTENT.itemsize * self.count)
 
 
-class FinishedShard(Document):
+class FinishedShard(_Record):
     """A shard that was written.
 
     Attributes:
-        build: SHA-256 of the `unfinished.json` it belongs to.
         entry: As in the index.
         split: "train" or "val".
         ordinal: Among the shards of its split.
@@ -118,7 +116,6 @@ class FinishedShard(Document):
 
     SCHEMA: ClassVar[str] = "build-shard/1"
 
-    build: str = ""
     entry: ShardEntry
     split: str
     ordinal: int
@@ -225,19 +222,19 @@ class Journal:
 
     def add_segment(self, segment: Segment) -> None:
         """Record what was found out about items."""
-        mine = segment.model_copy(update={"build": self._build})
-        self._storage.write(f"{_ITEMS}{segment.first:09d}.json", mine.to_json())
+        self._put(f"{_ITEMS}{segment.first:09d}.json", segment)
 
     def add_shard(self, shard: FinishedShard) -> None:
         """Record a shard; the segments of all its items must be recorded."""
-        name = shard.entry.name.removesuffix(".tar")
-        mine = shard.model_copy(update={"build": self._build})
-        self._storage.write(f"{_RECORD}{name}.json", mine.to_json())
+        self._put(f"{_RECORD}{shard.entry.name.removesuffix('.tar')}.json", shard)
 
     def clear(self) -> None:
         """Remove all records, the claim last."""
         for name in (*self._names(_RECORD), UNFINISHED_FILE):
             self._storage.delete(name)
+
+    def _put(self, name: str, record: _Record) -> None:
+        self._storage.write(name, record.model_copy(update={"build": self._build}).to_json())
 
     def _names(self, prefix: str) -> list[str]:
         return [name for name in self._storage.list() if name.startswith(prefix)]

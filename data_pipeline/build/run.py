@@ -15,7 +15,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -329,7 +329,7 @@ class _Build:
         self._groups += segment.groups
         self._contents.add(segment.contents)
         for row in segment.rejected:
-            self._rejected.append(canonical_json({"schema": "rejected/1", **row.model_dump()}) + b"\n")
+            self._rejected.append(canonical_json({"schema": "rejected/1", **asdict(row)}) + b"\n")
 
     def _write(self, shards: list[PackedShard], team: Team[_Worker]) -> None:
         """Have shards written, before anything else is prepared; do not let too many pile up."""

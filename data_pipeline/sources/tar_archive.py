@@ -25,20 +25,11 @@ from data_pipeline.sources.pictures import (
     size_problem,
 )
 from data_pipeline.sources.unpack import LocalFile, Opener, archive_path, unpack
+from data_pipeline.tars.walk import HEADER_ERRORS, LONGEST_RECORD
 
 _BLOCK: Final = tarfile.BLOCKSIZE
-_LONGEST_RECORD: Final = 1 << 20  # long names and PAX headers; real ones have a few KB
 _SUFFIXES: Final = (".gz", ".bz2", ".xz", ".tgz", ".tbz2", ".tbz", ".txz", ".tar")
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
-# What Python's parser raises on damaged headers: its own error where it looked, others where it did not.
-_HEADER_ERRORS: Final = (
-    tarfile.TarError,
-    ValueError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    RecursionError,
-)
 
 
 def _open_gzip(file: BinaryIO) -> IO[bytes]:
@@ -160,7 +151,7 @@ class _HeaderReader(io.BufferedReader):
     """An archive's file for the header parser, which would read records of any size a header claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0 or size > _LONGEST_RECORD:
+        if size is None or size < 0 or size > LONGEST_RECORD:
             raise tarfile.ReadError(f"header record of {size} bytes")
         return super().read(size)
 
@@ -188,7 +179,7 @@ def _members(file: _HeaderReader, archive: Path) -> Iterator[tarfile.TarInfo]:
                 parser = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
             file.seek(offset)
             member = tarfile.TarInfo.fromtarfile(parser)
-        except _HEADER_ERRORS as error:
+        except HEADER_ERRORS as error:
             raise _broken(archive, last, "goes on with a damaged header") from error
         if parser.offset <= offset or member.size < 0:
             raise _broken(archive, last, "goes on with a damaged header")
@@ -202,7 +193,7 @@ def _members(file: _HeaderReader, archive: Path) -> Iterator[tarfile.TarInfo]:
 
 def _check_rest(file: _HeaderReader, archive: Path, last: str) -> None:
     """Raise unless only zeros follow the mark for the end."""
-    while chunk := file.read(_LONGEST_RECORD):
+    while chunk := file.read(LONGEST_RECORD):
         if chunk.strip(b"\0"):
             raise _broken(archive, last, "ends and then goes on: two archives in one file?")
 
@@ -211,7 +202,7 @@ def _refuse_foreign(archive: Path, head: bytes) -> None:
     """Raise if an archive does not begin with a header."""
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-    except _HEADER_ERRORS as error:
+    except HEADER_ERRORS as error:
         is_zstd = head.startswith(_ZSTD_MAGIC)
         what = "compressed by zstd; unpack it first" if is_zstd else "no tar archive; name one"
         raise UserError(f"{archive}: {what}") from error

@@ -16,15 +16,15 @@ from data_pipeline.storage import Storage
 WINDOW: Final = 8 << 20
 """Bytes of one request; two or three times as many are in memory, or the largest member that is asked for."""
 _BLOCK: Final = tarfile.BLOCKSIZE
-_LONGEST_RECORD: Final = 1 << 20  # long names and PAX headers; real ones have a few KB
+LONGEST_RECORD: Final = 1 << 20
+"""Bytes of a long name or a PAX header; real ones have a few KB."""
 _COMPRESSED: Final = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-# What Python's parser raises on damaged headers: its own error where it looked, others where it did not.
-_HEADER_ERRORS: Final = (
+HEADER_ERRORS: Final = (
     tarfile.TarError,
     ValueError,
     IndexError,
@@ -32,6 +32,7 @@ _HEADER_ERRORS: Final = (
     OverflowError,
     RecursionError,
 )
+"""What Python's parser raises on damaged headers: its own error where it looked, others where it did not."""
 
 
 class TarDamage(ValueError):
@@ -142,7 +143,7 @@ class StreamedFile(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         """Read a header, or what extends one: no more than those have."""
-        if not 0 <= size <= _LONGEST_RECORD:
+        if not 0 <= size <= LONGEST_RECORD:
             raise tarfile.ReadError(f"header record of {size} bytes")
         data = self.read_at(self._position, size)
         self._position += len(data)
@@ -172,7 +173,7 @@ def members(file: StreamedFile) -> Iterator[TarMember]:
         file.seek(offset)
         try:
             found = tarfile.TarInfo.fromtarfile(parser)
-        except _HEADER_ERRORS as error:
+        except HEADER_ERRORS as error:
             raise TarDamage(offset, _what_else(block) if offset == 0 else "damaged header") from error
         if parser.offset <= offset or found.size < 0:
             raise TarDamage(offset, "damaged header")
@@ -181,7 +182,7 @@ def members(file: StreamedFile) -> Iterator[TarMember]:
         plain = found.isreg() and not found.issparse()
         yield TarMember(found.name, found.offset_data, found.size, plain, found.isdir())
         offset = parser.offset
-    while rest := file.read_at(offset, _LONGEST_RECORD):
+    while rest := file.read_at(offset, LONGEST_RECORD):
         if any(rest):
             raise TarDamage(offset, "it ends, and then goes on: two archives in one file?")
         offset += len(rest)

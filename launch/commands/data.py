@@ -113,13 +113,18 @@ def build(
             raise UserError(
                 "ddpm data build webdataset: name the folder or URL of the tars after `webdataset`"
             )
-        given: dict[str, object] = {"--size": size, "--channels": channels, "--geometry": geometry}
-        given |= {"--labels": labels or None, "--start-over": start_over or None}
-        given |= {"--encoding": None if encoding == "png" else encoding}
-        given |= {"--shard-bytes": None if shard_bytes == _SHARD_BYTES else shard_bytes}
-        for option, value in given.items():
-            if value is not None:
-                raise UserError(f"{option}: tars are indexed as they are; leave it out, or build kind tar")
+        given = {
+            "--size": size is not None,
+            "--channels": channels is not None,
+            "--geometry": geometry is not None,
+            "--labels": labels,
+            "--start-over": start_over,
+            "--encoding": encoding != "png",
+            "--shard-bytes": shard_bytes != _SHARD_BYTES,
+        }
+        refused = next((option for option, is_given in given.items() if is_given), None)
+        if refused is not None:
+            raise UserError(f"{refused}: tars are indexed as they are; leave it out, or build kind tar")
         _adopt(source, out, val_fraction, max_rejected, name, workers, as_json)
         return
     from data_pipeline.build.plan import BuildOptions

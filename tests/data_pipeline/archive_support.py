@@ -3,12 +3,10 @@
 import io
 import struct
 import tarfile
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from data_pipeline.sources import Source
@@ -22,16 +20,8 @@ def picture(colour: int = 0, form: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def scratch_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in which scratch folders are made from now on."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
 def files_in(scratch: Path) -> list[Path]:
-    return [path for path in scratch.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return sorted(path for path in scratch.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
 def contents(source: Source) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from data_pipeline.tars.adopt import AdoptOptions, adopt
 from data_pipeline.tars.samples import samples
 from data_pipeline.tars.walk import StreamedFile, TarDamage, members
 from data_pipeline.verify import verify
-from tests.data_pipeline.archive_support import files_in, scratch_below
+from tests.data_pipeline.archive_support import files_in
 from tests.data_pipeline.picture_support import coded, npy_by_hand, turned_by
 from tests.data_pipeline.picture_support import picture as draw
 
@@ -494,8 +494,7 @@ def test_a_built_data_set_is_not_adopted_in_place(damageable_url: Path) -> None:
     assert contents(damageable_url) == before
 
 
-def test_tars_are_copied_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scratch = scratch_below(tmp_path, monkeypatch)
+def test_tars_are_copied_byte_for_byte(tmp_path: Path, scratch: Path) -> None:
     source, out = fill(tmp_path / "in"), tmp_path / "out"
     before = contents(source)
     index = adopt(str(source), str(out), AdoptOptions())
@@ -554,10 +553,7 @@ print(deadly)
 """
 
 
-def test_an_adoption_goes_on_after_a_kill_at_any_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scratch = scratch_below(tmp_path, monkeypatch)
+def test_an_adoption_goes_on_after_a_kill_at_any_write(tmp_path: Path, scratch: Path) -> None:
     source, options = fill(tmp_path / "in"), AdoptOptions(max_rejected=0.5)
     (source / "part-3.tar").write_bytes(tar_of([("0.txt", b"")]))
     done = subprocess.run(

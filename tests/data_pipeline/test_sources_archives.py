@@ -23,16 +23,9 @@ from tests.data_pipeline.archive_support import (
     contents,
     files_in,
     picture,
-    scratch_below,
     write_tar,
     write_zip_of,
 )
-
-
-@pytest.fixture
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return scratch_below(tmp_path, monkeypatch)
-
 
 BOTH = pytest.mark.parametrize(("make", "write"), [(ZipSource, write_zip_of), (TarSource, write_tar)])
 

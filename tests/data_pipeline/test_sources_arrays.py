@@ -2,7 +2,6 @@ import io
 import os
 import pickle
 import struct
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from data_pipeline.decode import decode
 from data_pipeline.errors import UserError
 from data_pipeline.sources.arrays import ArraySource
 from data_pipeline.sources.netpbm import netpbm
+from tests.data_pipeline.archive_support import files_in
 
 RNG = np.random.default_rng(3)
 
@@ -30,19 +30,6 @@ def npy(array: np.ndarray[Any, Any]) -> bytes:
 
 def decoded(source: ArraySource) -> np.ndarray[Any, Any]:
     return np.stack([decode(item.data, source.default_channels) for item in source])
-
-
-@pytest.fixture
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The temporary folder of this test alone."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-def unpacked(scratch: Path) -> list[Path]:
-    return sorted(path for path in scratch.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
 class Trap:
@@ -185,17 +172,17 @@ def test_npz_is_unpacked_once_and_removed(tmp_path: Path, scratch: Path, save: A
     assert (source.name, source.native_size, source.default_channels) == ("set", 4, 3)
     survey = source.survey()
     assert survey.count == 6
-    assert unpacked(scratch) == []  # surveying alone unpacks nothing
+    assert files_in(scratch) == []  # surveying alone unpacks nothing
     copy = pickle.loads(pickle.dumps(source))  # as a worker gets it, before anything was read
     np.testing.assert_array_equal(decoded(copy), images)
     assert [item.meta for item in copy] == [{"label": label} for label in labels.tolist()]
     copy.close()
-    assert len(unpacked(scratch)) == 1
+    assert len(files_in(scratch)) == 1
     np.testing.assert_array_equal(decoded(source), images)
     with pytest.raises(UserError, match="is running on this machine already"):
         list(ArraySource(tmp_path / "set.npz", labels=True))
     source.close()
-    assert unpacked(scratch) == []
+    assert files_in(scratch) == []
     assert list(source)[5].meta == {"label": 1}  # closed, but as good as new
     source.close()
 
@@ -205,7 +192,7 @@ def test_what_a_killed_process_left_is_used_again(tmp_path: Path, scratch: Path)
     np.savez(tmp_path / "set.npz", images)
     killed = ArraySource(tmp_path / "set.npz")
     next(iter(killed))
-    (left,) = unpacked(scratch)
+    (left,) = files_in(scratch)
     before = left.stat().st_mtime_ns
     os.close(killed._content._scratch._lock)  # type: ignore[union-attr]  # what the kernel does for a dead process
     source = ArraySource(tmp_path / "set.npz")
@@ -292,7 +279,7 @@ def test_negative_labels_are_refused(tmp_path: Path, scratch: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match="labels below 0"):
             list(source)
-    assert unpacked(scratch) == []
+    assert files_in(scratch) == []
 
 
 def test_a_member_is_never_written_under_its_own_name(tmp_path: Path, scratch: Path) -> None:
@@ -302,7 +289,7 @@ def test_a_member_is_never_written_under_its_own_name(tmp_path: Path, scratch: P
         archive.writestr("/tmp/readme.txt", b"no array")
     source = ArraySource(tmp_path / "set.npz")
     np.testing.assert_array_equal(decoded(source), images)
-    (path,) = unpacked(scratch)
+    (path,) = files_in(scratch)
     assert path.name == "pictures.npy"
     assert not list(tmp_path.rglob("evil*"))
     source.close()
@@ -316,7 +303,7 @@ def test_a_damaged_npz_is_refused(tmp_path: Path, scratch: Path) -> None:
     source = ArraySource(path)
     with pytest.raises(UserError, match=r"set\.npz: cannot be unpacked \(Bad CRC-32"):
         list(source)
-    assert unpacked(scratch) == []
+    assert files_in(scratch) == []
     path.write_bytes(whole[:-30])
     with pytest.raises(UserError, match=r"set\.npz: damaged \(File is not a zip file"):
         ArraySource(path)

@@ -2,7 +2,6 @@ import io
 import logging
 import pickle
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.sources.celebahq import CelebaHqSource
 from tests.data_pipeline.tfrecord_support import bytes_feature, example, frame, int_feature, raw_picture
 
+pytestmark = pytest.mark.usefixtures("scratch")
+
 FACES = np.random.default_rng(30).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 
 
@@ -27,21 +28,6 @@ def png(face: np.ndarray) -> bytes:
 
 NAMES = [f"{number:05d}.png" for number in range(1, 5)]
 FILES = dict(zip(NAMES, map(png, FACES), strict=True))
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The temporary folder of this test alone."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
 
 
 def as_folder(root: Path) -> Path:

@@ -4,7 +4,6 @@ import os
 import pickle
 import struct
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,9 @@ from data_pipeline.sources.cifar10 import Cifar10Source
 from data_pipeline.sources.cifar10_pickle import batch_records
 from tests.data_pipeline.cifar10_support import LABELS, NAMES, PIXELS, binary, python_2, python_3
 
+pytestmark = pytest.mark.usefixtures("scratch")
+
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The temporary folder of this test alone."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
 
 
 def put(folder: Path, write: Any, suffix: str = "") -> Path:

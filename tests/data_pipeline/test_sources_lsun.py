@@ -16,12 +16,7 @@ from PIL import Image
 
 from data_pipeline.errors import UserError
 from data_pipeline.sources.lsun import LsunSource
-from tests.data_pipeline.archive_support import files_in, scratch_below
-
-
-@pytest.fixture
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return scratch_below(tmp_path, monkeypatch)
+from tests.data_pipeline.archive_support import files_in
 
 
 def encoded(number: int) -> bytes:
