@@ -11,28 +11,23 @@ Credentials and endpoints come from the store's standard chain only (for S3: `AW
 import asyncio
 import errno
 import logging
-import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import aiohttp
 import botocore.exceptions
-import fsspec
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.local_files import LocalFiles
+from data_pipeline.remote_files import Fill, RemoteFiles, StorageBackend
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Fill = Callable[[BinaryIO], object]
-"""Writes a file's content."""
-
 PROBE: Final = "create-only-probe-"
 """Start of the names of files that a kill in `prove_create_only` leaves behind."""
-_S3_CONFIG: Final = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1}}
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _USER_ERRNO: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _MISCONFIGURED: Final = (
@@ -76,65 +71,6 @@ class Backend(Protocol):
         """Remove from a folder what killed processes were writing."""
 
 
-class RemoteFiles:
-    """Any fsspec filesystem without a local disk's semantics (s3, gcs, memory, http …)."""
-
-    def __init__(self, protocol: str) -> None:
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if protocol in ("s3", "s3a"):
-            options["config_kwargs"] = _S3_CONFIG
-        self._fs = fsspec.filesystem(protocol, **options)
-
-    def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Read a file or the bytes [start, stop)."""
-        return bytes(self._fs.cat_file(path, start=start, end=stop))
-
-    def create(self, path: str, data: bytes) -> None:
-        """Write a new object with a conditional put (HTTP `If-None-Match: *` on S3)."""
-        self._fs.pipe_file(path, data, mode="create")
-
-    def write(self, path: str, data: bytes) -> None:
-        """Put an object; stores replace atomically."""
-        self._fs.pipe_file(path, data)
-
-    def upload(self, path: str, local_file: Path) -> None:
-        """Put a local file, in several parts when it is large."""
-        self._fs.put_file(str(local_file), path)
-
-    def fill(self, path: str, fill: Fill, scratch: Path) -> None:
-        """Fill a local file, then put it: a fault on the way never shows as a shorter object."""
-        with tempfile.NamedTemporaryFile(dir=scratch) as file:
-            fill(file)  # type: ignore[arg-type]
-            file.flush()
-            self.upload(path, Path(file.name))
-
-    def list(self, path: str) -> list[str]:
-        """Names of the immediate children; a store without such a prefix answers nothing."""
-        try:
-            found = self._fs.ls(path, detail=False)
-        except FileNotFoundError:
-            return []
-        names = {name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path}
-        return sorted(names)
-
-    def size(self, path: str) -> int:
-        """Size in bytes."""
-        info = self._fs.info(path)
-        if info["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "not an object", path)
-        return int(info["size"])
-
-    def sweep(self, path: str) -> None:
-        """Nothing: an object is there whole or not at all."""
-
-    def delete(self, path: str) -> None:
-        """Remove an object; absent is fine."""
-        try:
-            self._fs.rm_file(path)
-        except FileNotFoundError:
-            return
-
-
 class _Counter:
     """Retries shared by a storage and its children."""
 
@@ -148,13 +84,22 @@ class Storage:
     Args:
         url: A path (`runs/a`, `file:///data/a`) or an fsspec URL (`s3://bucket/prefix`).
         give_up_after: Seconds of continued failure after which an operation raises `StorageFault`.
+        backend: Which client reads from S3.
+        request_timeout: Seconds after which a single remote read has failed.
 
     Every operation takes a path relative to the URL, "/"-separated. Beyond what each states, all raise
     `UserError` for mistakes the user must mend (credentials, bucket, permissions, full disk) and
     `StorageFault` for faults that outlive the retries.
     """
 
-    def __init__(self, url: str, *, give_up_after: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        give_up_after: float = 60.0,
+        backend: StorageBackend = StorageBackend.S3FS,
+        request_timeout: float = 30.0,
+    ) -> None:
         if not url:
             raise UserError("storage URL is empty; give a folder or a URL such as s3://bucket/prefix")
         protocol, _, rest = url.partition("://")
@@ -171,7 +116,7 @@ class Storage:
             self._root = rest.strip("/")
             self.url = f"{protocol}://{self._root}"
             try:
-                self._backend = RemoteFiles(protocol)
+                self._backend = RemoteFiles(protocol, backend, request_timeout)
             except (ValueError, TypeError, ImportError, OSError) as error:
                 raise UserError(
                     f"{url}: {_one_line(error)}; use a local path or a protocol fsspec knows"
@@ -211,13 +156,19 @@ class Storage:
 
         Raises:
             FileNotFoundError: There is none.
+            StorageFault: Also if the file ends before `stop`.
         """
+        if start == stop:
+            return b""
 
         def whole_range(full: str) -> bytes:
             data = self._backend.read(full, start, stop)
-            if len(data) != stop - start:
-                raise ConnectionError(f"short answer: {len(data)} of {stop - start} bytes")
-            return data
+            if len(data) == stop - start:
+                return data
+            size = self._backend.size(full)
+            if size < stop:
+                raise StorageFault(f"{self.url}/{path}: {size} bytes, too few to read up to byte {stop}")
+            raise ConnectionError(f"short answer: {len(data)} of {stop - start} bytes")
 
         return self._attempt(path, whole_range)
 
@@ -332,6 +283,8 @@ class Storage:
                 "(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, profile or role) or the "
                 "folder's permissions"
             ) from error
+        except StorageFault:
+            raise
         except (OSError, *_TRANSIENT_TYPES) as error:
             code = error.errno if isinstance(error, OSError) else None
             if code in _DISK_FULL:
@@ -358,7 +311,9 @@ _TRANSIENT_TYPES: Final = (
 
 def _is_transient(error: BaseException) -> bool:
     """Tell a passing fault of the store or the network from an answer that will stay the same."""
-    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError, *_MISCONFIGURED)):
+    if isinstance(
+        error, (FileNotFoundError, FileExistsError, PermissionError, StorageFault, *_MISCONFIGURED)
+    ):
         return False
     if isinstance(error, OSError):
         return error.errno not in (*_USER_ERRNO, *_DISK_FULL)
@@ -376,6 +331,8 @@ def _is_missing_bucket(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, botocore.exceptions.ClientError):
             return bool(error.response["Error"]["Code"] == "NoSuchBucket")
+        if "NoSuchBucket" in str(error):  # obstore quotes the store's whole answer
+            return True
         error = error.__cause__ or error.__context__
     return False
 
