@@ -5,6 +5,7 @@ bytes lie and what their checksum is. `docs/format.md` describes both.
 """
 
 import hashlib
+import logging
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data_pipeline.documents import Document, sha256_hex
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.storage import Storage
+
+log = logging.getLogger(__name__)
 
 INDEX_FILE: Final = "index.json"
 TRIES: Final = 3
@@ -145,17 +148,16 @@ class LoadedIndex:
             raise UserError(f"{self.storage.url}: no split {split!r}; it has {known}") from None
 
 
-def load_index(url: str) -> LoadedIndex:
+def load_index(url: str | Storage) -> LoadedIndex:
     """Read the index of a data set.
+
+    Args:
+        url: Where it lies, or the opened storage.
 
     Raises:
         UserError: Nothing there, or not an index this version reads.
     """
-    return load_index_from(Storage(url))
-
-
-def load_index_from(storage: Storage) -> LoadedIndex:
-    """Read the index of the data set in an opened storage (see `load_index`)."""
+    storage = url if isinstance(url, Storage) else Storage(url)
     try:
         data = storage.read(INDEX_FILE)
     except FileNotFoundError as error:
@@ -167,12 +169,12 @@ def load_index_from(storage: Storage) -> LoadedIndex:
     return LoadedIndex(index, sha256_hex(data), storage)
 
 
-def load_records(loaded: LoadedIndex, shard_name: str) -> Records:
+def load_records(loaded: LoadedIndex, entry: ShardEntry) -> Records:
     """Read and check the records of one shard.
 
     Args:
         loaded: The data set.
-        shard_name: E.g. "shard-000000.tar".
+        entry: One of its shards.
 
     Returns:
         RECORD [samples].
@@ -180,15 +182,15 @@ def load_records(loaded: LoadedIndex, shard_name: str) -> Records:
     Raises:
         StorageFault: Missing, or size or SHA-256 stay wrong through `TRIES` reads.
     """
-    entry = next(e for entries in loaded.index.splits.values() for e in entries if e.name == shard_name)
     where = f"{loaded.storage.url}/{entry.idx_name}"
     for _ in range(TRIES):
         try:
-            data = loaded.storage.read(entry.idx_name)
+            data = loaded.storage.read_range(entry.idx_name, 0, entry.idx_bytes)
         except FileNotFoundError as error:
             raise StorageFault(
                 f"{where}: missing though the index lists it; build the data set anew"
             ) from error
-        if len(data) == entry.idx_bytes and hashlib.sha256(data).hexdigest() == entry.idx_sha256:
+        if hashlib.sha256(data).hexdigest() == entry.idx_sha256:
             return np.frombuffer(data, dtype=RECORD)
+        log.warning("%s: SHA-256 differs from the index, reading it again", where)
     raise StorageFault(f"{where}: size or SHA-256 differ from the index; build the data set anew")

@@ -17,7 +17,7 @@ from data_pipeline.errors import StorageFault
 from data_pipeline.index import TRIES, LoadedIndex, Records, load_index, load_records
 from data_pipeline.order import Order
 from data_pipeline.reader import ShardReader, coalesce
-from data_pipeline.stream import read_split
+from data_pipeline.split_reader import read_split
 
 
 class BuildReport(Document):
@@ -204,7 +204,7 @@ def _first_records(loaded: LoadedIndex, split: str, limit: int) -> Iterator[tupl
     for entry in loaded.shards(split):
         if limit <= 0:
             return
-        records = load_records(loaded, entry.name)[:limit]
+        records = load_records(loaded, entry)[:limit]
         limit -= len(records)
         yield entry.name, records
 

@@ -186,6 +186,16 @@ class Order:
             shards[chosen], members[chosen] = self._locate_within(self._table(int(epoch)), within)
         return shards, members
 
+    def window_end(self, position: int) -> int:
+        """Return the first stream position after the window that holds `position`.
+
+        The members of one window lie in `window_shards` shards, so they are worth reading together.
+        """
+        epoch, within = divmod(position, self.epoch_size)
+        starts = self._table(epoch).window_starts
+        window = int(np.searchsorted(starts, within, side="right")) - 1
+        return epoch * self.epoch_size + int(starts[window + 1])
+
     def _locate_within(self, table: _EpochTable, r: Int64Array) -> tuple[Int64Array, Int64Array]:
         # side="right" steps over empty windows and shards: of equal starts it takes the last.
         window = np.searchsorted(table.window_starts, r, side="right") - 1

@@ -1,32 +1,35 @@
-"""Members of shards by number: ranged reads, checked by CRC32C, each byte trusted only after its check.
+"""Members of shards by number: ranged reads, each byte trusted only after its check.
 
-Small shards are read whole, once, and kept while memory lasts; of large ones only the wanted members
-are read, neighbours together. Bytes that fail their check are read again; only what stays wrong
-through `TRIES` independent reads counts as damaged in the store.
+Neighbours are read together by one request. A member whose length or CRC32C is wrong is read again, alone;
+only what stays wrong through `TRIES` independent reads counts as damaged in the store.
 """
 
 import logging
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.block_cache import BlockCache
 from data_pipeline.errors import StorageFault
 from data_pipeline.index import TRIES, LoadedIndex, Records, load_records
 
 log = logging.getLogger(__name__)
 V = TypeVar("V")
 Int64Array = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
 
-SMALL_SHARD: Final = 8 << 20
-"""Shards up to this many bytes are read whole."""
+LARGEST_RANGE: Final = 8 << 20
+"""Most bytes of one request, unless a single member is larger."""
 _GAP: Final = 64 << 10  # reading over so many unwanted bytes costs less than another request
-_LARGEST_RANGE: Final = 8 << 20
+_DENSE: Final = 0.75  # of what a request brings, from which on it is kept as it is
+_RECORD_BYTES: Final = 64 << 20  # memory for records: those of two million samples
 
 
 class ByteBoundedCache(Generic[V]):
@@ -62,12 +65,51 @@ class ByteBoundedCache(Generic[V]):
                     self._total -= self._size_of(oldest)
             return value
 
-    def drop(self, key: int) -> None:
-        """Forget a value."""
-        with self._lock:
-            value = self._values.pop(key, None)
-            if value is not None:
-                self._total -= self._size_of(value)
+
+class Payload(NamedTuple):
+    """What one sample holds: the bytes of its picture and of its `key.json` (empty if not asked for), uint8.
+
+    Both are views of what its request brought, which stays in memory as long as one of them.
+    """
+
+    picture: UInt8Array
+    meta: UInt8Array
+
+
+@dataclass(frozen=True)
+class RangeRequest:
+    """Neighbouring members of one shard that are read by one request.
+
+    Attributes:
+        shard: Number in the split's list.
+        start: First byte.
+        stop: Byte after the last.
+        places: int64 [m], which of the members that were planned for these are.
+        members: int64 [m], their numbers within the shard.
+        records: RECORD [m].
+        held: Bytes that its members keep in memory.
+    """
+
+    shard: int
+    start: int
+    stop: int
+    places: Int64Array
+    members: Int64Array
+    records: Records
+    held: int
+
+    @property
+    def is_sparse(self) -> bool:
+        """True if much of what is read is unwanted: members are then copied out of it."""
+        return self.held < self.stop - self.start
+
+
+class ReadCounts(NamedTuple):
+    """What reading took so far: requests, their bytes, and members read again for their checksum."""
+
+    requests: int
+    bytes: int
+    rereads: int
 
 
 class ShardReader:
@@ -76,29 +118,99 @@ class ShardReader:
     Args:
         loaded: The data set.
         split: "train" or "val".
-        cache_bytes: Memory for whole small shards.
-        small_shard: Shards up to this size are read whole.
+        cache: Keeps blocks of shards on this machine's disk.
+        with_meta: Read the samples' `key.json` too.
 
     Raises:
         UserError: No such split.
     """
 
     def __init__(
-        self, loaded: LoadedIndex, split: str, *, cache_bytes: int = 256 << 20, small_shard: int = SMALL_SHARD
+        self, loaded: LoadedIndex, split: str, *, cache: BlockCache | None = None, with_meta: bool = False
     ) -> None:
         self._loaded, self._storage = loaded, loaded.storage
         self._shards = loaded.shards(split)
-        self._small_shard = small_shard
-        self._whole = ByteBoundedCache[bytes](cache_bytes, len)
-        self._records = ByteBoundedCache[Records](64 << 20, lambda records: int(records.nbytes))
-        self._counter_lock = threading.Lock()
-        self.rereads = 0
-        """Members that were read again because their checksum was wrong."""
+        self._cache, self._with_meta = cache, with_meta
+        self._records = ByteBoundedCache[Records](_RECORD_BYTES, lambda records: int(records.nbytes))
+        self._lock = threading.Lock()
+        self._counts = ReadCounts(0, 0, 0)
+
+    @property
+    def counts(self) -> ReadCounts:
+        """What was read so far, without records."""
+        return self._counts
 
     def records(self, shard: int) -> Records:
         """Return the records of the shard with that number in the split's list, RECORD [samples]."""
-        name = self._shards[shard].name
-        return self._records.get(shard, lambda: load_records(self._loaded, name))
+        return self._records.get(shard, lambda: load_records(self._loaded, self._shards[shard]))
+
+    def extents(self, records: Records) -> tuple[Int64Array, Int64Array]:
+        """Return first byte and byte after the last of what is read of each member, int64 [m] each."""
+        starts = records["offset"].astype(np.int64)
+        stops = starts + records["size"]
+        if self._with_meta:
+            there = records["meta_size"] > 0
+            meta_starts = records["meta_offset"].astype(np.int64)
+            starts = np.where(there, np.minimum(starts, meta_starts), starts)
+            stops = np.where(there, np.maximum(stops, meta_starts + records["meta_size"]), stops)
+        return starts, stops
+
+    def sizes(self, shards: Int64Array, members: Int64Array) -> Int64Array:
+        """Return how many bytes each member takes in memory, int64 [B]."""
+        sizes = np.empty(len(shards), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            asked = shards == shard
+            starts, stops = self.extents(self.records(shard)[members[asked]])
+            sizes[asked] = stops - starts
+        return sizes
+
+    def plan(
+        self, shards: Int64Array, members: Int64Array, largest: int = LARGEST_RANGE
+    ) -> list[RangeRequest]:
+        """Divide members into requests.
+
+        Args:
+            shards: int64 [B], numbers in the split's list.
+            members: int64 [B], numbers within the shard.
+            largest: Most bytes of a request.
+
+        Returns:
+            Requests in which every member occurs once, those of the earliest members first.
+        """
+        requests = []
+        for shard in np.unique(shards).tolist():
+            asked = np.flatnonzero(shards == shard)
+            records = self.records(shard)[members[asked]]
+            starts, stops = self.extents(records)
+            for group in coalesce(starts, stops, largest):
+                places = asked[group]
+                start, stop = int(starts[group[0]]), int(stops[group].max())
+                wanted = int((stops[group] - starts[group]).sum())
+                held = wanted if wanted < _DENSE * (stop - start) else stop - start
+                requests.append(
+                    RangeRequest(shard, start, stop, places, members[places], records[group], held)
+                )
+        return sorted(requests, key=lambda request: int(request.places.min()))
+
+    def read(self, request: RangeRequest) -> list[Payload | None]:
+        """Read and check the members of one request.
+
+        Returns:
+            One for each member, of the recorded lengths and CRC32C; None for what is damaged in the store.
+
+        Raises:
+            StorageFault: The shard is missing or shorter than the index says, or the storage fails.
+        """
+        data = np.frombuffer(self._read_range(request.shard, request.start, request.stop), np.uint8)
+        found: list[Payload | None] = []
+        for member, record in zip(request.members.tolist(), request.records.tolist(), strict=True):
+            payload = _cut(data, request.start, record, self._with_meta)
+            if payload is None:
+                payload = self._read_again(request.shard, member, record)
+            elif request.is_sparse:
+                payload = Payload(payload.picture.copy(), payload.meta.copy())
+            found.append(payload)
+        return found
 
     def fetch(self, shards: Int64Array, members: Int64Array) -> list[bytes]:
         """Read the picture bytes of many members.
@@ -108,21 +220,19 @@ class ShardReader:
             members: int64 [B], numbers within the shard.
 
         Returns:
-            B picture files in the order asked for, every one of the recorded length and CRC32C.
+            B picture files in the order asked for.
 
         Raises:
             StorageFault: A shard is missing or a member stays damaged; names both.
         """
         result = [b""] * len(shards)
-        for shard in np.unique(shards).tolist():
-            asked = np.flatnonzero(shards == shard)
-            wanted = self.records(shard)[members[asked]]
-            for place, data in self._read_members(shard, wanted):
-                request = int(asked[place])
-                record = wanted[place]
-                if not _is_sound(data, record):
-                    data = self._read_again(shard, int(members[request]), record)
-                result[request] = data
+        for request in self.plan(shards, members):
+            for place, member, payload in zip(
+                request.places.tolist(), request.members.tolist(), self.read(request), strict=True
+            ):
+                if payload is None:
+                    raise self.damaged(request.shard, member)
+                result[place] = payload.picture.tobytes()
         return result
 
     def key(self, shard: int, member: int) -> str:
@@ -140,86 +250,87 @@ class ShardReader:
         """Name a member for a message: URL of the shard and member number."""
         return f"{self._storage.url}/{self._shards[shard].name} member {member}"
 
-    def _read_members(self, shard: int, wanted: Records) -> Iterator[tuple[int, bytes]]:
-        """Yield (place in `wanted`, unchecked bytes)."""
-        starts = wanted["offset"].astype(np.int64)
-        stops = starts + wanted["size"].astype(np.int64)
-        if self._shards[shard].bytes <= self._small_shard:
-            whole = self._whole.get(shard, lambda: self._read_whole(shard))
-            for place in range(len(wanted)):
-                yield place, whole[starts[place] : stops[place]]
-            return
-        for group in coalesce(starts, stops):
-            first, last = int(starts[group[0]]), int(max(stops[place] for place in group))
-            data = self._read_range(shard, first, last)
-            for place in group:
-                yield place, data[starts[place] - first : stops[place] - first]
-
-    def _read_whole(self, shard: int) -> bytes:
-        entry = self._shards[shard]
-        for _ in range(TRIES):
-            try:
-                data = self._storage.read(entry.name)
-            except FileNotFoundError as error:
-                raise self._missing(shard) from error
-            if len(data) == entry.bytes:
-                return data
-        raise StorageFault(
-            f"{self._storage.url}/{entry.name}: {len(data)} bytes, the index says {entry.bytes}"
+    def damaged(self, shard: int, member: int) -> StorageFault:
+        """Return the error that says that a member is damaged in the store."""
+        return StorageFault(
+            f"{self.where(shard, member)}: checksum wrong in {TRIES} independent reads, so it is damaged in "
+            "the store; see `ddpm data verify` and build the data set anew"
         )
 
     def _read_range(self, shard: int, start: int, stop: int) -> bytes:
+        entry = self._shards[shard]
+        if self._cache is None:
+            return self._get(shard, start, stop)
+        return self._cache.read(
+            entry.sha256, start, stop, entry.bytes, lambda first, last: self._get(shard, first, last)
+        )
+
+    def _get(self, shard: int, start: int, stop: int) -> bytes:
+        """Read from the storage itself."""
+        name = self._shards[shard].name
         try:
-            return self._storage.read_range(self._shards[shard].name, start, stop)
+            data = self._storage.read_range(name, start, stop)
         except FileNotFoundError as error:
-            raise self._missing(shard) from error
+            raise StorageFault(
+                f"{self._storage.url}/{name}: missing though the index lists it; build the data set anew"
+            ) from error
+        self._count(requests=1, bytes_=len(data))
+        return data
 
-    def _read_again(self, shard: int, member: int, record: np.void) -> bytes:
+    def _read_again(self, shard: int, member: int, record: tuple[int, ...]) -> Payload | None:
         """Read one member whose bytes failed their check, at most `TRIES` times in all."""
-        where = self.where(shard, member)
-        self._whole.drop(shard)
-        start = int(record["offset"])
+        (start,), (stop,) = self.extents(self.records(shard)[member : member + 1])
+        if self._cache is not None:
+            self._cache.drop(self._shards[shard].sha256, int(start), int(stop))
         for _ in range(TRIES - 1):
-            with self._counter_lock:
-                self.rereads += 1
-            log.warning("%s: checksum wrong, reading it again", where)
-            data = self._read_range(shard, start, start + int(record["size"]))
-            if _is_sound(data, record):
-                return data
-        raise StorageFault(
-            f"{where}: checksum wrong in {TRIES} independent reads, so it is damaged in the store; "
-            "see `ddpm data verify` and build the data set anew"
-        )
+            self._count(rereads=1)
+            log.warning("%s: checksum wrong, reading it again", self.where(shard, member))
+            data = self._get(shard, int(start), int(stop))
+            payload = _cut(np.frombuffer(data, np.uint8), int(start), record, self._with_meta)
+            if payload is not None:
+                return payload
+        return None
 
-    def _missing(self, shard: int) -> StorageFault:
-        return StorageFault(
-            f"{self._storage.url}/{self._shards[shard].name}: missing though the index lists it; "
-            "build the data set anew"
-        )
+    def _count(self, *, requests: int = 0, bytes_: int = 0, rereads: int = 0) -> None:
+        with self._lock:
+            had = self._counts
+            self._counts = ReadCounts(had.requests + requests, had.bytes + bytes_, had.rereads + rereads)
 
 
-def coalesce(starts: Int64Array, stops: Int64Array) -> list[list[int]]:
+def coalesce(starts: Int64Array, stops: Int64Array, largest: int = LARGEST_RANGE) -> list[Int64Array]:
     """Group byte ranges that are worth one request together.
 
     Args:
         starts: int64 [B], first byte of each range.
-        stops: int64 [B], byte after the last.
+        stops: int64 [B], byte after the last; ranges do not overlap.
+        largest: Most bytes of a group of more than one.
 
     Returns:
-        Lists of places in the input, each sorted by start; every place occurs once.
+        int64 arrays of places in the input, each sorted by start; every place occurs once.
     """
-    groups: list[list[int]] = []
-    first = last = 0
-    for place in np.argsort(starts, kind="stable").tolist():
-        start, stop = int(starts[place]), int(stops[place])
-        if groups and start - last <= _GAP and max(stop, last) - first <= _LARGEST_RANGE:
-            groups[-1].append(place)
-            last = max(last, stop)
-        else:
-            groups.append([place])
-            first, last = start, stop
+    order = np.argsort(starts, kind="stable")
+    groups, begin = [], 0
+    first, last = starts[order], stops[order]
+    # Where the next range lies too far off, a group ends in any case; within these runs, by size.
+    runs = [*(np.flatnonzero(first[1:] - last[:-1] > _GAP) + 1).tolist(), len(order)] if len(order) else []
+    for end in runs:
+        while begin < end:
+            fitting = int(np.searchsorted(last[begin:end], first[begin] + largest, side="right"))
+            stop = begin + max(fitting, 1)
+            groups.append(order[begin:stop])
+            begin = stop
     return groups
 
 
-def _is_sound(data: bytes, record: np.void) -> bool:
-    return len(data) == int(record["size"]) and google_crc32c.value(data) == int(record["crc32c"])
+def _cut(data: UInt8Array, start: int, record: tuple[int, ...], with_meta: bool) -> Payload | None:
+    """Cut one member out of bytes of the shard from `start` on; None if length or CRC32C are wrong."""
+    offset, size, crc32c, meta_offset, meta_size, meta_crc32c = record
+    picture = data[offset - start : offset - start + size]
+    if len(picture) != size or google_crc32c.value(picture) != crc32c:
+        return None
+    if not with_meta or not meta_size:
+        return Payload(picture, data[:0])
+    meta = data[meta_offset - start : meta_offset - start + meta_size]
+    if len(meta) != meta_size or google_crc32c.value(meta) != meta_crc32c:
+        return None
+    return Payload(picture, meta)

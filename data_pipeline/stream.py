@@ -1,23 +1,47 @@
 """Order + reader + decoder -> batches for training, and the cursor of what was consumed."""
 
+import json
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.decode import DecodeError, UInt8Array, decode
+from data_pipeline.block_cache import BlockCache
+from data_pipeline.buffers import BatchBuffers
+from data_pipeline.decode import DecodeError, UInt8Array, decode_into
+from data_pipeline.documents import canonical_json, sha256_hex
 from data_pipeline.errors import UserError
+from data_pipeline.feed import Feed, Wanted
 from data_pipeline.index import LoadedIndex, load_index
+from data_pipeline.mixture import Mixture, source_seed
 from data_pipeline.order import Order, rank_slice
-from data_pipeline.reader import ShardReader
+from data_pipeline.readahead import ReadAhead
+from data_pipeline.reader import Payload, ShardReader
+from data_pipeline.split_reader import check_shape, unfit
+from data_pipeline.storage import Storage
+from data_pipeline.substitutes import Substitutions
 
 Int64Array = npt.NDArray[np.int64]
+Mirror = Callable[[Int64Array], npt.NDArray[np.bool_]]
+"""Stream positions int64 [b] -> bool [b], which of their pictures to flip left to right."""
+
+NO_LABEL: Final = -1
+_CHUNK: Final = 16  # pictures decoded by one task
+_PIECE: Final = 4096  # positions planned at a time
+_STATE: Final = "stream/1"
+
+
+class WeightedSource(NamedTuple):
+    """One of several data sets that are mixed."""
+
+    url: str | Storage
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -26,43 +50,100 @@ class Batch:
 
     Attributes:
         positions: int64 [b], stream positions, consecutive.
-        images: uint8 [b, H, W, C], values 0 … 255.
+        images: uint8 [b, H, W, C], values 0 … 255; see `buffers` for its memory.
+        labels: int64 [b], class numbers, `NO_LABEL` where there is none; empty if labels were not asked for.
     """
 
     positions: Int64Array
     images: UInt8Array
+    labels: Int64Array
+
+
+class StreamCounts(NamedTuple):
+    """What a stream's reading took so far.
+
+    Attributes:
+        requests: Successful reads of parts of shards, from the storage.
+        bytes: What they brought.
+        retries: Operations on the storage that failed and were repeated.
+        rereads: Members read again because their checksum was wrong.
+        substitutions: Pictures delivered in place of damaged ones.
+    """
+
+    requests: int
+    bytes: int
+    retries: int
+    rereads: int
+    substitutions: int
+
+
+class _Source:
+    """One data set of the stream, and what of it is being read ahead."""
+
+    def __init__(self, loaded: LoadedIndex, order: Order, reader: ShardReader) -> None:
+        self.loaded, self.order, self.reader = loaded, order, reader
+        self.ahead: ReadAhead | None = None
+        self.next_number = 0
+        """Number in `ahead` of the first member that no batch has claimed."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A batch that is being filled."""
+
+    batch: Batch
+    jobs: list[Future[None]]
+
+
+class _Inline(Executor):
+    """Runs what is submitted at once, in the caller's thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 class ImageStream:
-    """Pictures of a data set in the order of `order.Order`, for ever, as this rank's batches.
+    """Pictures of data sets in the order of `order.Order`, for ever, as this rank's batches.
 
     Global batch number i holds the positions [position + i*global_batch, position + (i+1)*global_batch);
-    the rank gets its `rank_slice` of it. What comes is a function of (index, seed, window_shards, position)
-    alone: neither threads, prefetching nor the number of ranks change it. Threads read and decode ahead,
-    at most `prefetch_batches` batches, from the first `next()` on; their errors are raised where the
-    batch would have come.
+    the rank gets its `rank_slice` of it. What comes is a function of (indexes, weights, seed, window_shards,
+    position) alone: neither threads, prefetching nor the number of ranks change it. From the first `next()`
+    on threads read ahead (at most `prefetch_bytes`) and decode ahead (at most `prefetch_batches`); their
+    errors are raised where the batch would have come.
+
+    Iterate it as it is; no `DataLoader` and no worker processes are needed, for decoders release the GIL.
+    `state_dict` and `load_state_dict` are those of torchdata's stateful loaders, and fit any number of ranks.
 
     Args:
-        url: The data set.
+        sources: A data set's URL, or several with weights (see `mixture.Mixture`).
         split: "train" or "val".
-        seed: Seed of the order.
+        seed: Seed of the order, in [0, 2^64).
         global_batch: Pictures of one batch over all ranks.
         rank: This process's number.
         world: Number of processes.
         position: First stream position to deliver.
         window_shards: See `Order`.
-        channels: Wanted channels, 1 or 3; must be those of the data set.
-        image_size: Wanted side in pixels; must be that of the data set.
+        channels: Wanted channels, 1 or 3; must be those of the data sets. Default: theirs.
+        image_size: Wanted side in pixels; must be that of the data sets. Default: theirs.
+        labels: Read class labels too.
+        mirror: Which positions' pictures are flipped; None: none.
         prefetch_batches: Batches to prepare ahead.
-        threads: Threads that prepare them.
+        prefetch_bytes: Most bytes of coded pictures to hold. Best is twice this rank's part of a window.
+        threads: Threads that decode; 0: `next()` itself does.
+        requests: Reads from the storage at the same time.
+        cache: Keeps blocks of shards on this machine's disk, for all its processes.
+        substitutions: What stands in for damaged members; None: they end the stream.
 
     Raises:
-        UserError: No data set, no such split, an empty split, or another size or number of channels.
+        UserError: No data set, no such split, an empty split, another size or number of channels, or
+            more damaged members than the substitutions' budget.
     """
 
     def __init__(
         self,
-        url: str,
+        sources: str | Storage | Sequence[WeightedSource],
         *,
         split: str = "train",
         seed: int,
@@ -71,41 +152,95 @@ class ImageStream:
         world: int = 1,
         position: int = 0,
         window_shards: int = 16,
-        channels: int,
-        image_size: int,
+        channels: int | None = None,
+        image_size: int | None = None,
+        labels: bool = False,
+        mirror: Mirror | None = None,
         prefetch_batches: int = 4,
+        prefetch_bytes: int = 256 << 20,
         threads: int = 2,
+        requests: int = 8,
+        cache: BlockCache | None = None,
+        substitutions: Substitutions | None = None,
     ) -> None:
         if global_batch < 1:
             raise UserError(f"global batch: {global_batch} is not a positive number of images")
         assert prefetch_batches >= 1
-        assert threads >= 1
+        assert threads >= 0
+        assert requests >= 1
         assert position >= 0
-        self._decoder = _MemberDecoder(load_index(url), split, channels, image_size)
-        loaded = self._decoder.loaded
-        self.index_sha = loaded.sha256
-        """SHA-256 of the data set's index.json."""
-        self._order = Order([entry.samples for entry in loaded.shards(split)], seed, window_shards)
+        weighted = [WeightedSource(sources)] if isinstance(sources, str | Storage) else list(sources)
+        self._mixture = Mixture([source.weight for source in weighted], seed)
+        self._sources = [
+            _open(source.url, split, source_seed(seed, number, len(weighted)), window_shards, cache, labels)
+            for number, source in enumerate(weighted)
+        ]
+        self._split, self._seed, self._window_shards = split, seed, window_shards
+        geometry = self._sources[0].loaded.index.geometry
+        for source in self._sources:
+            check_shape(source.loaded, channels or geometry.channels, image_size or geometry.size)
+        self._buffers = BatchBuffers((geometry.size, geometry.size, geometry.channels))
+        self._labels, self._mirror, self._substitutions = labels, mirror, substitutions
         self._global_batch, self._slice = global_batch, rank_slice(global_batch, rank, world)
-        self._next_to_submit = position
         self.position = position
         """First position of the next global batch to be delivered: the cursor of what was consumed."""
+        self._next_to_submit = position
         self.wait_seconds = 0.0
         """Seconds the consumer has waited for batches so far."""
-        self._prefetch_batches = prefetch_batches
-        self._pending: deque[Future[Batch]] = deque()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="image-stream")
+        self._prefetch_batches = prefetch_batches if threads else 1
+        self._prefetch_bytes, self._threads, self._requests = prefetch_bytes, threads, requests
+        self._pending: deque[_Pending] = deque()
+        self._pools: list[Executor] = []
         self._closed = False
 
     @property
-    def epoch_size(self) -> int:
-        """Pictures in one epoch."""
-        return self._order.epoch_size
+    def index_sha(self) -> str:
+        """SHA-256 of the data set's index.json; of several, of their list with each one's share."""
+        return identity([source.loaded for source in self._sources], self._mixture.shares)
 
     @property
-    def rereads(self) -> int:
-        """Members read again because their checksum was wrong."""
-        return self._decoder.reader.rereads
+    def epoch_size(self) -> int:
+        """Pictures in one epoch; of several sources, in all of them together."""
+        return sum(source.order.epoch_size for source in self._sources)
+
+    @property
+    def counts(self) -> StreamCounts:
+        """What reading took so far."""
+        reads = [source.reader.counts for source in self._sources]
+        return StreamCounts(
+            requests=sum(read.requests for read in reads),
+            bytes=sum(read.bytes for read in reads),
+            retries=sum(source.loaded.storage.retries for source in self._sources),
+            rereads=sum(read.rereads for read in reads),
+            substitutions=self._substitutions.made if self._substitutions else 0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what continues this stream, on any number of ranks: a cursor, and what it is a cursor of."""
+        return {
+            "schema": _STATE,
+            "position": self.position,
+            "index_sha": self.index_sha,
+            "split": self._split,
+            "seed": self._seed,
+            "window_shards": self._window_shards,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a stream of the same order stood.
+
+        Raises:
+            UserError: It was another order: another data set, split, seed or window.
+        """
+        ours = self.state_dict()
+        for key in ("schema", "index_sha", "split", "seed", "window_shards"):
+            if state.get(key) != ours[key]:
+                raise UserError(
+                    f"stream state: {key} is {state.get(key)!r}, this stream's is {ours[key]!r}; "
+                    "a position means nothing in another order, so open the stream with the same"
+                )
+        self._stop()
+        self.position = self._next_to_submit = int(state["position"])
 
     def __iter__(self) -> Self:
         return self
@@ -113,29 +248,45 @@ class ImageStream:
     def __next__(self) -> Batch:
         if self._closed:
             raise StopIteration
-        while len(self._pending) < self._prefetch_batches:
-            self._pending.append(self._pool.submit(self._prepare, self._next_to_submit))
-            self._next_to_submit += self._global_batch
-        began = time.perf_counter()
-        prepared = self._pending.popleft()
-        error = prepared.exception()  # waits
-        self.wait_seconds += time.perf_counter() - began
-        if error is not None:
+        if not self._pools:
+            self._start()
+        try:
+            while len(self._pending) < self._prefetch_batches:
+                self._pending.append(self._submit())
+            pending = self._pending.popleft()
+            began = time.perf_counter()
+            for job in pending.jobs:
+                job.result()
+            self.wait_seconds += time.perf_counter() - began
+        except (ValueError, OSError):
             self.close()
-            raise error
+            raise
+        for source in self._sources:
+            if source.ahead is not None:
+                source.ahead.go_on()
         self.position += self._global_batch
-        return prepared.result()
+        return pending.batch
 
-    def _prepare(self, start: int) -> Batch:
-        positions = np.arange(start + self._slice.start, start + self._slice.stop, dtype=np.int64)
-        shards, members = self._order.locate(positions)
-        return Batch(positions, self._decoder.images(shards, members))
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Iterate single samples as WebDataset's pipelines pass them: a first stage for `wds.DataPipeline`.
+
+        Yields:
+            `__key__` (the stream position), `__url__`, `image` uint8 [H, W, C], and `cls` if labels are read.
+        """
+        for batch in self:
+            for place, position in enumerate(batch.positions.tolist()):
+                source = self._sources[int(self._mixture.split(batch.positions[place : place + 1])[0][0])]
+                sample = {
+                    "__key__": f"{position:012d}",
+                    "__url__": source.loaded.storage.url,
+                    "image": batch.images[place],
+                }
+                yield sample | ({"cls": int(batch.labels[place])} if self._labels else {})
 
     def close(self) -> None:
         """Stop reading ahead and join the threads; iteration ends. May be called again."""
         self._closed = True
-        self._pending.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -145,77 +296,119 @@ class ImageStream:
     ) -> None:
         self.close()
 
+    def _start(self) -> None:
+        """Start threads and reading, from `position` on."""
+        reads = ThreadPoolExecutor(self._requests, thread_name_prefix="image-stream-read")
+        decodes: Executor = _Inline()
+        if self._threads:
+            decodes = ThreadPoolExecutor(self._threads, thread_name_prefix="image-stream")
+        self._pools = [decodes, reads]
+        first = self._mixture.split(self._positions(self.position))[0]
+        for number, source in enumerate(self._sources):
+            if self._slice.start == self._slice.stop:
+                continue  # more ranks than images: nothing will ever be wanted
+            limit = self._prefetch_bytes * self._mixture.shares[number] // sum(self._mixture.shares)
+            feed = Feed(
+                source.loaded, self._split, source.order, source.reader, number, self._substitutions, reads
+            )
+            source.next_number = 0
+            source.ahead = feed.read_ahead(self._wanted(number), int((first == number).sum()), limit)
 
-def read_split(
-    url: str, split: str, *, channels: int, image_size: int, batch: int, limit: int | None = None
-) -> Iterator[UInt8Array]:
-    """Iterate a split once, in the order of the index (for reference statistics).
+    def _stop(self) -> None:
+        for source in self._sources:
+            if source.ahead is not None:
+                source.ahead.close()
+                source.ahead = None
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._pools = []
+        self._pending.clear()
+
+    def _positions(self, start: int) -> Int64Array:
+        return np.arange(start + self._slice.start, start + self._slice.stop, dtype=np.int64)
+
+    def _wanted(self, number: int) -> Iterator[Wanted]:
+        """Iterate this rank's positions that one source serves, with the source's own, from `position` on."""
+        start, own = self.position, self._positions(0)
+        batches = np.arange(max(1, _PIECE // len(own)), dtype=np.int64) * self._global_batch
+        while True:
+            positions = (start + batches[:, None] + own).reshape(-1)
+            sources, within = self._mixture.split(positions)
+            chosen = sources == number
+            yield positions[chosen], within[chosen]
+            start += len(batches) * self._global_batch
+
+    def _submit(self) -> _Pending:
+        """Let the next batch be filled."""
+        positions = self._positions(self._next_to_submit)
+        self._next_to_submit += self._global_batch
+        images = self._buffers.array(len(positions))
+        labels = np.full(len(positions) if self._labels else 0, NO_LABEL, dtype=np.int64)
+        batch = Batch(positions, images, labels)
+        mirrored = np.zeros(len(positions), bool) if self._mirror is None else self._mirror(positions)
+        sources, within = self._mixture.split(positions)
+        jobs = []
+        for number, source in enumerate(self._sources):
+            places = np.flatnonzero(sources == number)
+            for start in range(0, len(places), _CHUNK):
+                chunk = places[start : start + _CHUNK]
+                first = source.next_number + start
+                job = self._pools[0].submit(
+                    self._fill, source, first, chunk, within[chunk], mirrored[chunk], batch
+                )
+                jobs.append(job)
+            source.next_number += len(places)
+        return _Pending(batch, jobs)
+
+    def _fill(
+        self,
+        source: _Source,
+        first: int,
+        places: Int64Array,
+        within: Int64Array,
+        mirrored: npt.NDArray[np.bool_],
+        batch: Batch,
+    ) -> None:
+        """Decode some of a source's members, from number `first` on, to their places in the batch."""
+        assert source.ahead is not None
+        payloads = source.ahead.take(first, len(places))
+        for i, (place, payload) in enumerate(zip(places.tolist(), payloads, strict=True)):
+            try:
+                decode_into(payload.picture, batch.images[place], mirrored=bool(mirrored[i]))
+            except DecodeError as error:
+                shards, members = source.order.locate(within[i : i + 1])
+                raise unfit(source.reader, int(shards[0]), int(members[0]), error) from error
+            if self._labels:
+                batch.labels[place] = label_of(payload)
+
+
+def identity(loaded: Sequence[LoadedIndex], shares: Sequence[int]) -> str:
+    """Return the hash that stands for what a stream reads: of one data set, that of its index.json.
 
     Args:
-        url: The data set.
-        split: "train" or "val".
-        channels: Wanted channels; must be those of the data set.
-        image_size: Wanted side; must be that of the data set.
-        batch: Pictures per array; the last may hold fewer.
-        limit: Stop after so many pictures.
-
-    Yields:
-        uint8 [b, H, W, C].
-
-    Raises:
-        UserError: As `ImageStream`.
+        loaded: The data sets.
+        shares: Of each in the mixture.
     """
-    decoder = _MemberDecoder(load_index(url), split, channels, image_size)
-    for shards, members in index_order(decoder.loaded, split, batch, limit):
-        yield decoder.images(shards, members)
+    if len(loaded) == 1:
+        return loaded[0].sha256
+    return sha256_hex(
+        canonical_json([[one.sha256, share] for one, share in zip(loaded, shares, strict=True)])
+    )
 
 
-def index_order(
-    loaded: LoadedIndex, split: str, batch: int, limit: int | None = None
-) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """Iterate (shards int64 [b], members int64 [b]) over a split in the order of the index."""
-    assert batch >= 1
-    starts = np.cumsum([0, *(entry.samples for entry in loaded.shards(split))], dtype=np.int64)
-    total = int(starts[-1]) if limit is None else min(limit, int(starts[-1]))
-    for first in range(0, total, batch):
-        numbers = np.arange(first, min(first + batch, total), dtype=np.int64)
-        shards = np.searchsorted(starts, numbers, side="right") - 1
-        yield shards, numbers - starts[shards]
+def label_of(payload: Payload) -> int:
+    """Return the class number that a sample's meta data tells, or `NO_LABEL`."""
+    try:
+        meta = json.loads(payload.meta.tobytes() or b"null")
+    except ValueError:  # of an adopted tar: JSON by name only
+        return NO_LABEL
+    label = meta.get("label") if isinstance(meta, dict) else None
+    return label if isinstance(label, int) and not isinstance(label, bool) else NO_LABEL
 
 
-class _MemberDecoder:
-    """Read, check and decode members of one split into one array."""
-
-    def __init__(self, loaded: LoadedIndex, split: str, channels: int, image_size: int) -> None:
-        geometry = loaded.index.geometry
-        if (geometry.size, geometry.channels) != (image_size, channels):
-            raise UserError(
-                f"{loaded.storage.url}: holds pictures of size {geometry.size} with {geometry.channels} "
-                f"channel(s), asked for are size {image_size} with {channels}; set image.size and "
-                "image.channels of the recipe to the data set's, or build it anew with --size and --channels"
-            )
-        self.loaded = loaded
-        self.reader = ShardReader(loaded, split)
-        self._channels, self._size = channels, image_size
-
-    def images(self, shards: Int64Array, members: Int64Array) -> UInt8Array:
-        """Return uint8 [b, size, size, channels] of the members asked for."""
-        images = np.empty((len(shards), self._size, self._size, self._channels), dtype=np.uint8)
-        for i, data in enumerate(self.reader.fetch(shards, members)):
-            try:
-                pixels = decode(data, self._channels)
-            except DecodeError as error:
-                raise self._unfit(int(shards[i]), int(members[i]), str(error)) from error
-            if pixels.shape != images.shape[1:]:
-                height, width, _ = pixels.shape
-                reason = f"{width} x {height} pixels, the index says {self._size} x {self._size}"
-                raise self._unfit(int(shards[i]), int(members[i]), reason)
-            images[i] = pixels
-        return images
-
-    def _unfit(self, shard: int, member: int, reason: str) -> UserError:
-        key = self.reader.key(shard, member)
-        return UserError(
-            f"{self.reader.where(shard, member)} (key {key!r}): {reason}; "
-            "build the data set anew with `ddpm data build`"
-        )
+def _open(
+    url: str | Storage, split: str, seed: int, window_shards: int, cache: BlockCache | None, labels: bool
+) -> _Source:
+    loaded = load_index(url)
+    order = Order([entry.samples for entry in loaded.shards(split)], seed, window_shards)
+    return _Source(loaded, order, ShardReader(loaded, split, cache=cache, with_meta=labels))

@@ -153,10 +153,15 @@ def _verify_shard(loaded: LoadedIndex, entry: ShardEntry) -> tuple[_Found, bool]
     try:
         file = StreamedFile(loaded.storage, entry.name)
         try:
-            records = load_records(loaded, entry.name)
+            records = load_records(loaded, entry)
         except StorageFault as fault:
             found.problems.append(str(fault))
         else:
+            idx_bytes = loaded.storage.size(entry.idx_name)
+            if idx_bytes != entry.idx_bytes:
+                found.problems.append(
+                    f"{entry.idx_name}: {idx_bytes} bytes, the index says {entry.idx_bytes}"
+                )
             found.problems.extend(_Comparison(loaded.index, records, found).problems(file))
         sha256 = file.finish()
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import UserError
 from data_pipeline.index import load_index
 from data_pipeline.progress import Progress
-from data_pipeline.stream import read_split
+from data_pipeline.split_reader import read_split
 from eval.features import FeatureNetwork
 from eval.moments import Moments
 from eval.results import ResultBook

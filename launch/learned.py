@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_pipeline.split_reader import read_split
 from data_pipeline.storage import Storage
-from data_pipeline.stream import read_split
 from eval.results import Result, ResultBook
 from eval.sampling import SamplerSettings, sample_images
 from launch.digits_check import DigitsVerdict, UInt8Array, judge

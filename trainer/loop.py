@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.device import DeviceBatch, DeviceStream
 from data_pipeline.errors import UserError
 from data_pipeline.order import rank_slice
 from data_pipeline.progress import Progress
-from data_pipeline.stream import Batch, ImageStream
+from data_pipeline.stream import StreamCounts
 from trainer import checkpoint as checkpoints
 from trainer.clock import adam_epsilon, is_due, learning_rate
+from trainer.data import open_stream
 from trainer.diffusion.losses import training_losses
 from trainer.distributed import Ranks
 from trainer.ema import PartitionedEma
@@ -27,7 +29,7 @@ from trainer.engine import Engine
 from trainer.guards import SkipBudget
 from trainer.manifest import ANY_DATA, Attempt, AttemptEnd, FileEntry, Manifest, Topology
 from trainer.preflight import check_inputs
-from trainer.randomness import Purpose, bits, flips, normal
+from trainer.randomness import Purpose, bits, normal
 from trainer.recipe import Recipe
 from trainer.retention import Retention
 from trainer.run import Run
@@ -66,16 +68,16 @@ def open_session(recipe: Recipe, run: Run, world: int) -> Session:
     Raises:
         UserError: Data or run directory cannot be used, or the run was started with something else.
     """
-    index = check_inputs(recipe, run, world)
+    index_sha = check_inputs(recipe, run, world)
     run.storage.prove_create_only()
     run.adopt_recipe(recipe)
     parent = checkpoints.newest_verified(run)
-    if parent is not None and parent.index_sha not in (ANY_DATA, index.sha256):
+    if parent is not None and parent.index_sha not in (ANY_DATA, index_sha):
         raise UserError(
             f"data.url={recipe.data.url}: the run {run.url} was trained on another index "
-            f"({parent.index_sha[:12]}, this one is {index.sha256[:12]}); give the same shards or another run"
+            f"({parent.index_sha[:12]}, this one is {index_sha[:12]}); give the same shards or another run"
         )
-    claim = run.claim_attempt(parent.name if parent else None, socket.gethostname(), recipe, index.sha256)
+    claim = run.claim_attempt(parent.name if parent else None, socket.gethostname(), recipe, index_sha)
     start = f"checkpoint {parent.name}" if parent else "random weights"
     log.info("attempt %d of run %s starts from %s", claim.attempt, run.url, start)
     return Session(claim, parent)
@@ -117,20 +119,7 @@ class Trainer:
         self.timesteps = TimestepSource(recipe, self.device)
         self.state = self._load(session.parent)
         self.published = session.parent
-        self.stream = ImageStream(
-            recipe.data.url,
-            split=recipe.data.split,
-            seed=recipe.seed,
-            global_batch=recipe.batch.total,
-            rank=ranks.rank,
-            world=ranks.world,
-            position=self.state.position,
-            window_shards=recipe.data.window_shards,
-            channels=recipe.image.channels,
-            image_size=recipe.image.size,
-            prefetch_batches=recipe.data.prefetch_batches,
-            threads=recipe.data.reader_threads,
-        )
+        self.stream = open_stream(recipe, run, ranks.rank, ranks.world, self.state.position)
         self.window = LogWindow(self.device, self.diffusion.num_timesteps)
         self.retention = Retention(run, recipe.checkpoint.keep)
         self.metrics = MetricsLog(
@@ -143,7 +132,7 @@ class Trainer:
         reason = StopReason.NONE
         silent = not self.ranks.is_main
         with Progress("train", recipe.train.images, "img", start=state.images, silent=silent) as progress:
-            batches = iter(self.stream)
+            batches = iter(DeviceStream(self.stream, self.device))
             while state.images < recipe.train.images:
                 reason = StopReason(self.ranks.maximum(stop.reason()))
                 if reason is not StopReason.NONE:
@@ -159,11 +148,10 @@ class Trainer:
         self._end("requeue" if reason is StopReason.REQUESTED else "finished")
         return reason
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: DeviceBatch) -> None:
         """One optimizer update over the global batch: Algorithm 1, lines 2 to 5."""
         recipe, state = self.recipe, self.state
-        positions = torch.from_numpy(batch.positions).to(self.device)
-        pictures = torch.from_numpy(batch.images).to(self.device, non_blocking=True)
+        positions, pictures = batch.positions, batch.images
         if recipe.model.dropout > 0:
             images = torch.tensor([state.images])
             seed = bits(recipe.seed, Purpose.DROPOUT, images, words=2, draw=self.ranks.rank)[0].tolist()
@@ -203,7 +191,7 @@ class Trainer:
         """The recipe's loss of each sample, by default L_simple (eq. 14).
 
         Args:
-            pictures: uint8 [b, H, W, C].
+            pictures: uint8 [b, H, W, C], flipped where they are to be.
             n: int64 [b] stream positions, which key all randomness.
 
         Returns:
@@ -212,8 +200,6 @@ class Trainer:
         recipe = self.recipe
         # Scaling: paper, section 3.3.
         x0 = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        if recipe.image.flip:
-            x0 = torch.where(flips(recipe.seed, n)[:, None, None, None], x0.flip(-1), x0)
         t, weights = self.timesteps.draw(n)
         noise = normal(recipe.seed, Purpose.NOISE, n, tuple(x0.shape[1:]))
         x_t = self.diffusion.q_sample(x0, t, noise)
@@ -230,6 +216,9 @@ class Trainer:
             sum(b - a for a, b in self.state.budget.skips) // self.recipe.batch.total
         )
         row["storage_retries"] = float(self.run.storage.retries)
+        # Of all ranks, since the attempt began.
+        counts = self.ranks.total(torch.tensor(self.stream.counts, dtype=torch.float64)).tolist()
+        row |= {f"data_{name}": count for name, count in zip(StreamCounts._fields, counts, strict=True)}
         if self.ranks.is_main:
             self.metrics.log(self.state.images, row)
         wait = f"{100 * row['data_wait_share']:.1f}%"

@@ -34,6 +34,7 @@ from trainer.recipe_sections import (
     Place,
     Precision,
     Section,
+    StorageSection,
     TrainSection,
 )
 from trainer.unet_config import UNetConfig
@@ -46,6 +47,7 @@ class Recipe(Section):
     """The run directory: a folder or URL."""
     seed: int = Field(0, ge=0, lt=2**63)
     data: DataSection = DataSection()
+    storage: StorageSection = StorageSection()
     image: ImageSection
     model: ModelSection
     diffusion: DiffusionSection
@@ -128,8 +130,17 @@ class Recipe(Section):
 _NOT_TRAJECTORY: Final = (
     ("run",),
     ("data", "url"),
+    # What is mixed how is part of the index's hash, as `data.url` is.
+    ("data", "weight"),
+    ("data", "also"),
     ("data", "prefetch_batches"),
+    ("data", "prefetch_mib"),
     ("data", "reader_threads"),
+    ("data", "requests"),
+    ("data", "cache_dir"),
+    ("data", "cache_gib"),
+    ("data", "damage_budget"),
+    ("storage",),
     ("model", "checkpoint_activations"),
     ("batch", "micro"),
     ("train",),

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from data_pipeline.remote_files import StorageBackend
 from trainer.diffusion.losses import LossConfig, LossKind, Weighting
 from trainer.diffusion.process import Prediction, Variance
 from trainer.diffusion.schedule import ScheduleConfig, ScheduleKind
@@ -32,6 +33,14 @@ Place = Annotated[str, AfterValidator(_absolute)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class OtherData(Section):
+    """A data set that is mixed in."""
+
+    url: Place
+    weight: float = Field(1.0, gt=0)
+    """Only proportions matter; shares are multiples of 1/1024, see `data_pipeline.mixture`."""
+
+
 class DataSection(Section):
     """Where the training pictures are."""
 
@@ -40,8 +49,33 @@ class DataSection(Section):
     split: str = "train"
     window_shards: int = Field(16, ge=1)
     """How many shards are mixed at a time; part of the order, see `data_pipeline.order`."""
+    weight: float = Field(1.0, gt=0)
+    """Of `url`, where `also` names further data sets."""
+    also: list[OtherData] = Field(default_factory=list)
+    """Further data sets of the same picture size that are mixed in. Evaluation's reference is `url`."""
     prefetch_batches: int = Field(4, ge=1)
-    reader_threads: int = Field(2, ge=1)
+    """Decoded batches that are kept ready."""
+    prefetch_mib: int = Field(256, ge=1)
+    """MiB of coded pictures a rank may hold; best is twice its part of a window."""
+    reader_threads: int = Field(2, ge=0)
+    """Threads that decode."""
+    requests: int = Field(8, ge=1)
+    """Reads from the storage at the same time."""
+    cache_dir: str = ""
+    """Folder on each node's own disk for blocks of shards, shared by its ranks; empty: no cache."""
+    cache_gib: float = Field(64.0, gt=0)
+    """Most GiB in that folder."""
+    damage_budget: int = Field(100, ge=0)
+    """Members of shards that may be damaged in the store before training stops; others take their place."""
+
+
+class StorageSection(Section):
+    """How shards are read; run directories always go through s3fs."""
+
+    backend: StorageBackend = StorageBackend.S3FS
+    """Who reads from S3: `s3fs`, or `obstore`, which needs less processor time."""
+    request_timeout: float = Field(30.0, gt=0)
+    """Seconds after which one read without its whole answer is given up and repeated."""
 
 
 class ImageSection(Section):

@@ -27,7 +27,7 @@ from data_pipeline.build.prepare import HASH_GROUP, SPLITS, Prepared, Run, part_
 from data_pipeline.build.shards import write_shard
 from data_pipeline.documents import canonical_json
 from data_pipeline.errors import UserError
-from data_pipeline.index import INDEX_FILE, Index, ShardEntry, load_index_from
+from data_pipeline.index import INDEX_FILE, Index, ShardEntry, load_index
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import ScratchFolder
 from data_pipeline.sources import Source, Survey, runs
@@ -116,7 +116,7 @@ def find_built(source: Source, out_url: str, options: BuildOptions, *, workers: 
     storage = Storage(out_url)
     if not storage.exists(INDEX_FILE):
         return None
-    index = load_index_from(storage).index
+    index = load_index(storage).index
     plan = make_plan(source, options)
     different = differences(plan, index)
     if not different:

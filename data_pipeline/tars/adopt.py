@@ -24,7 +24,7 @@ from data_pipeline.documents import canonical_json, sha256_hex
 from data_pipeline.encoding import Encoding
 from data_pipeline.errors import UserError
 from data_pipeline.geometry import Geometry
-from data_pipeline.index import INDEX_FILE, TAR_NAME, GeometryRecord, Index, ShardEntry, load_index_from
+from data_pipeline.index import INDEX_FILE, TAR_NAME, GeometryRecord, Index, ShardEntry, load_index
 from data_pipeline.progress import Progress
 from data_pipeline.scratch import ScratchFolder
 from data_pipeline.sources.kinds import Kind
@@ -156,7 +156,7 @@ def adopt(source_url: str, out_url: str, options: AdoptOptions, *, workers: int 
     source, out = Storage(source_url), Storage(out_url)
     names = _tar_names(source)
     name = options.name or source.url.rsplit("/", 1)[-1]
-    built = load_index_from(out).index if out.exists(INDEX_FILE) else None
+    built = load_index(out).index if out.exists(INDEX_FILE) else None
     recorded: set[str] = set()
     if built is not None:
         _refuse_other(out, built, {"kind": built.kind == Kind.WEBDATASET, "name": built.name == name})

@@ -21,8 +21,9 @@ from data_pipeline.documents import sha256_hex
 from data_pipeline.errors import UserError
 from data_pipeline.index import Index, LoadedIndex, load_index, load_records
 from data_pipeline.reader import ShardReader
+from data_pipeline.split_reader import read_split
 from data_pipeline.storage import Storage
-from data_pipeline.stream import ImageStream, read_split
+from data_pipeline.stream import ImageStream
 from data_pipeline.tars.adopt import AdoptOptions, adopt
 from data_pipeline.tars.samples import samples
 from data_pipeline.tars.walk import StreamedFile, TarDamage, members
@@ -92,7 +93,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def everything(loaded: LoadedIndex, split: str) -> list[bytes]:
-    reader, found = ShardReader(loaded, split, small_shard=0), []
+    reader, found = ShardReader(loaded, split), []
     for shard, entry in enumerate(loaded.shards(split)):
         where = np.full(entry.samples, shard, np.int64)
         found += reader.fetch(where, np.arange(entry.samples, dtype=np.int64))
@@ -121,7 +122,7 @@ def test_the_tars_stay_and_records_tell_the_truth(tmp_path: Path) -> None:
             assert (len(data), sha256_hex(data)) == (entry.bytes, entry.sha256)
             with tarfile.open(fileobj=io.BytesIO(data)) as archive:
                 infos = archive.getmembers()
-            records = load_records(loaded, entry.name)
+            records = load_records(loaded, entry)
             expected = [
                 (i.offset_data, i.size, google_crc32c.value(data[i.offset_data : i.offset_data + i.size]))
                 for i in infos
@@ -170,7 +171,7 @@ def test_plain_webdataset_reads_the_same_bytes(tmp_path: Path, form: int) -> Non
         metas = []
         for entry in loaded.shards(split):
             data = (folder / entry.name).read_bytes()
-            for record in load_records(loaded, entry.name):
+            for record in load_records(loaded, entry):
                 start, size = int(record["meta_offset"]), int(record["meta_size"])
                 metas.append(data[start : start + size])
                 assert google_crc32c.value(metas[-1]) == record["meta_crc32c"]
@@ -261,7 +262,7 @@ def test_what_is_no_sample_is_rejected_and_listed(tmp_path: Path, caplog: pytest
     loaded = load_index(str(folder))
     assert verify(loaded).problems == []
     (entry,) = (entry for split in index.splits for entry in loaded.shards(split) if entry.name == "odd.tar")
-    records = load_records(loaded, "odd.tar")
+    records = load_records(loaded, entry)
     data = (folder / entry.name).read_bytes()
     found = [data[int(r["offset"]) : int(r["offset"]) + int(r["size"])] for r in records]
     assert found == [picture(1), picture(4, form="PNG"), picture(6), picture(9)]

@@ -49,7 +49,7 @@ def members(url: Path, split: str) -> dict[str, bytes]:
     found = {}
     for entry in loaded.shards(split):
         data = (url / entry.name).read_bytes()
-        for record in load_records(loaded, entry.name):
+        for record in load_records(loaded, entry):
             start, size = int(record["offset"]), int(record["size"])
             payload = data[start : start + size]
             assert google_crc32c.value(payload) == record["crc32c"]
@@ -75,7 +75,7 @@ def test_index_and_records_tell_the_truth(digits_url: str) -> None:
             assert (len(data), sha256_hex(data)) == (entry.bytes, entry.sha256)
             assert entry.bytes <= 200_000
             numbers.append(int(entry.name[6:12]))
-            records = load_records(loaded, entry.name)
+            records = load_records(loaded, entry)
             with tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 infos = tar.getmembers()
             assert [(i.offset_data, i.size) for i in infos[::2]] == records[["offset", "size"]].tolist()

@@ -128,7 +128,7 @@ def test_verify_answers_by_exit_code(damageable_url: Path) -> None:
 def test_stats_equal_numpys(digits_url: str) -> None:
     report = json.loads(run("stats", digits_url, "--json"))
     assert report["schema"] == "data-stats/1"
-    from data_pipeline.stream import read_split
+    from data_pipeline.split_reader import read_split
 
     (whole,) = read_split(digits_url, "train", channels=1, image_size=8, batch=2000)
     train = report["splits"]["train"]

@@ -14,6 +14,7 @@ from data_pipeline import decode as decoding
 from data_pipeline.decode import (
     DecodeError,
     decode,
+    decode_into,
     npy_layout,
     open_image,
     orientation,
@@ -260,3 +261,34 @@ def test_a_palette_picture_without_its_palette(channels: int) -> None:
     length = int.from_bytes(whole[start : start + 4], "big")
     with pytest.raises(DecodeError, match="its palette is missing"):
         decode(whole[:start] + whole[start + 12 + length :], channels)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(["RGB", "L", "CMYK"]),
+    st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    st.sampled_from([1, 3]),
+    st.booleans(),
+)
+@settings(max_examples=120, deadline=None)
+def test_decoding_into_a_batch_gives_the_same(
+    width: int, height: int, mode: str, form: str, channels: int, mirrored: bool
+) -> None:
+    if mode == "CMYK":
+        form = "JPEG"
+    data = coded(picture(width, height, mode, 3), form)
+    batch = np.full((3, height, width, channels), 77, dtype=np.uint8)
+    decode_into(np.frombuffer(data, np.uint8), batch[1], mirrored=mirrored)
+    expected = decode(data, channels)
+    assert np.array_equal(batch[1], expected[:, ::-1] if mirrored else expected)
+    assert (batch[[0, 2]] == 77).all()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_decoding_into_a_batch_refuses_other_shapes(form: str) -> None:
+    data = np.frombuffer(coded(picture(9, 8), form), np.uint8)
+    with pytest.raises(DecodeError, match="9 x 8 pixels, the index says 8 x 8"):
+        decode_into(data, np.empty((8, 8, 3), dtype=np.uint8))
+    with pytest.raises(DecodeError):
+        decode_into(data[: len(data) // 2], np.empty((8, 9, 3), dtype=np.uint8))

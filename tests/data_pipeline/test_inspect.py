@@ -12,7 +12,7 @@ from data_pipeline.index import load_index
 from data_pipeline.inspect import OrderReport, order_of, stats, summarise
 from data_pipeline.order import Order
 from data_pipeline.reader import ShardReader
-from data_pipeline.stream import index_order
+from data_pipeline.split_reader import index_order
 from data_pipeline.tars.adopt import AdoptOptions, adopt
 from tests.data_pipeline.picture_support import npy_by_hand
 

@@ -35,5 +35,5 @@ def test_s3_holds_and_streams_the_same_as_a_folder(s3_prefix: str, tmp_path: Pat
             assert np.array_equal(one.positions, other.positions)
             assert np.array_equal(one.images, other.images)
     some = np.array([0, 3, 0]), np.array([5, 0, 6])
-    ranged = ShardReader(remote, "train", small_shard=0).fetch(*some)
+    ranged = ShardReader(remote, "train").fetch(*some)
     assert ranged == ShardReader(local, "train").fetch(*some)

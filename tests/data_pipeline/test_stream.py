@@ -1,25 +1,32 @@
 import io
 import itertools
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import webdataset
 from PIL import Image
 
 from data_pipeline import ImageStream
 from data_pipeline.build import BuildOptions, build
+from data_pipeline.device import DeviceStream
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.index import load_index
+from data_pipeline.mixture import source_seed
 from data_pipeline.sources import Item, Source
 from data_pipeline.sources.digits import DigitsSource
-from data_pipeline.stream import read_split
+from data_pipeline.sources.folder import FolderSource
+from data_pipeline.split_reader import read_split
+from data_pipeline.stream import NO_LABEL, WeightedSource
 
 
 def stream(url: object, **options: object) -> ImageStream:
     chosen = {"seed": 3, "global_batch": 100, "channels": 1, "image_size": 8, "window_shards": 3, **options}
-    return ImageStream(str(url), **chosen)  # type: ignore[arg-type]
+    return ImageStream(url if isinstance(url, list) else str(url), **chosen)  # type: ignore[arg-type]
 
 
 def take(url: object, count: int, **options: object) -> list[tuple[list[int], bytes]]:
@@ -42,7 +49,7 @@ def test_shapes_and_cursor(digits_url: str) -> None:
         assert batches.wait_seconds > 0
         assert batches.index_sha == load_index(digits_url).sha256
         assert batches.epoch_size == load_index(digits_url).index.samples("train")
-        assert batches.rereads == 0
+        assert batches.counts.rereads == 0
 
 
 def test_one_epoch_holds_every_picture_once(digits_url: str) -> None:
@@ -163,3 +170,142 @@ def test_close_joins_the_threads_and_may_be_repeated(digits_url: str) -> None:
     batches.close()
     assert threads_alive() == []
     assert list(batches) == []
+
+
+def labelled(folder: Path) -> str:
+    """A data set of class folders, in which the label is the colour."""
+    for number in range(3):
+        (folder / "in" / f"class{number}").mkdir(parents=True)
+        for copy in range(20):
+            picture = Image.new("RGB", (8, 8), (number * 50, copy, 7))
+            picture.save(folder / "in" / f"class{number}" / f"{copy}.png")
+    build(
+        FolderSource(folder / "in", labels=True), str(folder / "out"), BuildOptions(size=8, val_fraction=0.2)
+    )
+    return str(folder / "out")
+
+
+def test_labels_come_with_the_pictures(tmp_path: Path) -> None:
+    url = labelled(tmp_path)
+    with ImageStream(url, seed=1, global_batch=16, labels=True) as batches:
+        for batch in itertools.islice(batches, 6):
+            assert batch.labels.tolist() == (batch.images[:, 0, 0, 0] // 50).tolist()
+    with ImageStream(url, seed=1, global_batch=16) as batches:
+        assert next(batches).labels.shape == (0,)
+
+
+def test_pictures_without_a_label_say_so(digits_url: str) -> None:
+    with stream(digits_url, labels=True) as batches:
+        assert set(next(batches).labels.tolist()) <= {NO_LABEL, *range(10)}
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_mirrored_positions(digits_url: str, world: int) -> None:
+    def odd(positions: np.ndarray) -> np.ndarray:
+        return positions % 2 == 1
+
+    for rank in range(world):
+        plain = stream(digits_url, rank=rank, world=world)
+        mirrored = stream(digits_url, rank=rank, world=world, mirror=odd)
+        with plain, mirrored:
+            for one, other in itertools.islice(zip(plain, mirrored, strict=True), 3):
+                flip = odd(one.positions)[:, None, None, None]
+                assert np.array_equal(other.images, np.where(flip, one.images[:, :, ::-1], one.images))
+
+
+def test_sources_are_mixed_by_weight_for_any_ranks(digits_url: str, damageable_url: Path) -> None:
+    sources = [WeightedSource(digits_url, 3.0), WeightedSource(str(damageable_url), 1.0)]
+
+    def delivered(world: int) -> list[bytes]:
+        parts = [take(sources, 12, rank=rank, world=world) for rank in range(world)]
+        return [b"".join(part[number][1] for part in parts) for number in range(12)]
+
+    whole = delivered(1)
+    assert delivered(3) == whole
+    with ImageStream(sources, seed=3, global_batch=1024, window_shards=3) as mixed:
+        images = next(mixed).images
+        size = mixed.epoch_size
+    alone = []
+    for number, (url, count) in enumerate(((digits_url, 768), (str(damageable_url), 256))):
+        with ImageStream(url, seed=source_seed(3, number, 2), global_batch=count, window_shards=3) as one:
+            alone += [image.tobytes() for image in next(one).images]
+            size -= one.epoch_size
+    assert sorted(image.tobytes() for image in images) == sorted(alone)
+    assert size == 0
+
+
+def test_a_mixture_resumes_anywhere_and_is_told_by_its_hash(digits_url: str, damageable_url: Path) -> None:
+    sources = [WeightedSource(digits_url, 3.0), WeightedSource(str(damageable_url), 1.0)]
+    whole = take(sources, 30)
+    assert take(sources, 5, position=2500) == whole[25:]
+    mixed = ImageStream(sources, seed=3, global_batch=10)
+    other = ImageStream([sources[0], sources[1]._replace(weight=2.0)], seed=3, global_batch=10)
+    with mixed, other, pytest.raises(UserError, match="stream state: index_sha"):
+        other.load_state_dict(mixed.state_dict())
+
+
+def test_the_state_of_one_stream_continues_another(digits_url: str) -> None:
+    whole = take(digits_url, 12)
+    with stream(digits_url) as first:
+        for _ in range(5):
+            next(first)
+        state = json.loads(json.dumps(first.state_dict()))
+        assert len(json.dumps(state)) < 1000
+        ahead = next(first).images.tobytes()
+        first.load_state_dict(state)  # the same stream, back again
+        assert next(first).images.tobytes() == ahead == whole[5][1]
+    with stream(digits_url, global_batch=50, threads=0) as other:
+        other.load_state_dict(state)
+        assert next(other).images.tobytes() + next(other).images.tobytes() == whole[5][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "key"), [({"seed": 4}, "seed"), ({"split": "val"}, "split"), ({"window_shards": 2}, "window")]
+)
+def test_the_state_of_another_order_is_refused(digits_url: str, options: dict[str, object], key: str) -> None:
+    one, other = stream(digits_url), stream(digits_url, **options)
+    with one, other, pytest.raises(UserError, match=f"stream state: {key}"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_it_is_a_stage_of_a_webdataset_pipeline(tmp_path: Path) -> None:
+    url = labelled(tmp_path)
+    with ImageStream(url, seed=1, global_batch=16, labels=True) as batches:
+        pipeline = webdataset.DataPipeline(
+            batches.samples,
+            webdataset.map(lambda sample: sample | {"sum": int(sample["image"].sum())}),
+            webdataset.to_tuple("__key__", "image", "cls", "sum"),
+            webdataset.batched(10),
+        )
+        keys, images, labels, sums = next(iter(pipeline))
+    assert keys == [f"{position:012d}" for position in range(10)]
+    with ImageStream(url, seed=1, global_batch=10, labels=True) as batches:
+        expected = next(batches)
+    assert np.array_equal(np.stack(list(images)), expected.images)
+    assert list(labels) == expected.labels.tolist()
+    assert list(sums) == [int(image.sum()) for image in expected.images]
+
+
+def test_device_batches_hold_the_same_and_their_state_is_of_what_was_delivered(digits_url: str) -> None:
+    with stream(digits_url) as plain, stream(digits_url) as inner:
+        on_device = DeviceStream(inner, torch.device("cpu"))
+        for number, (one, other) in enumerate(zip(plain, on_device, strict=False), start=1):
+            assert np.array_equal(one.images, other.images.numpy())
+            assert np.array_equal(one.positions, other.positions.numpy())
+            assert on_device.state_dict() == plain.state_dict()
+            if number == 4:
+                break
+
+
+def test_memory_of_batches_is_used_again_but_never_while_it_is_looked_at(digits_url: str) -> None:
+    kept = []
+    with stream(digits_url, prefetch_batches=2) as batches:
+        for batch in itertools.islice(batches, 30):
+            kept = [*kept[-3:], (batch.images[5:], batch.images.copy())]
+            for view, copy in kept:
+                assert np.array_equal(view, copy[5:])
+        assert len(batches._buffers._blocks) < 12
+
+
+def test_it_works_in_one_thread(digits_url: str) -> None:
+    assert take(digits_url, 5, threads=0) == take(digits_url, 5)

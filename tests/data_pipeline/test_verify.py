@@ -79,7 +79,7 @@ def test_every_kind_of_damage_is_found(damageable_url: Path) -> None:
         f"{first.name}: member 0: picture has a wrong CRC32C",
     ]
     assert report.problems[2] == f"{second.name}: missing"
-    assert report.problems[3].startswith(f"{third.name}: {damageable_url}/{third.idx_name}: size or SHA-256")
+    assert report.problems[3].startswith(f"{third.name}: {damageable_url}/{third.idx_name}: 0 bytes, too few")
     assert report.problems[4:6] == [
         f"{fourth.name}: 20000 bytes, the index says {fourth.bytes}",
         f"{fourth.name}: SHA-256 differs from the index",
