@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.block_cache import BlockCache
+from data_pipeline.buffers import Buffers
 from data_pipeline.errors import StorageFault
 from data_pipeline.index import TRIES, LoadedIndex, Records, load_records
 
@@ -132,6 +133,7 @@ class ShardReader:
         self._shards = loaded.shards(split)
         self._cache, self._with_meta = cache, with_meta
         self._records = ByteBoundedCache[Records](_RECORD_BYTES, lambda records: int(records.nbytes))
+        self._buffers = Buffers()
         self._lock = threading.Lock()
         self._counts = ReadCounts(0, 0, 0)
 
@@ -202,13 +204,26 @@ class ShardReader:
             StorageFault: The shard is missing or shorter than the index says, or the storage fails.
         """
         data = np.frombuffer(self._read_range(request.shard, request.start, request.stop), np.uint8)
+        # Kept in memory of our own: what the storage client allocated is free for its next answer at once.
+        kept = self._buffers.array((request.held,))
+        begin = 0
+        if not request.is_sparse:
+            kept[:] = data
         found: list[Payload | None] = []
-        for member, record in zip(request.members.tolist(), request.records.tolist(), strict=True):
-            payload = _cut(data, request.start, record, self._with_meta)
+        for member, record, start, stop in zip(
+            request.members.tolist(),
+            request.records.tolist(),
+            *(edges.tolist() for edges in self.extents(request.records)),
+            strict=True,
+        ):
+            first = start - request.start
+            if request.is_sparse:
+                kept[begin : begin + stop - start] = data[first : first + stop - start]
+                first = begin
+                begin += stop - start
+            payload = _cut(kept[first : first + stop - start], start, record, self._with_meta)
             if payload is None:
                 payload = self._read_again(request.shard, member, record)
-            elif request.is_sparse:
-                payload = Payload(payload.picture.copy(), payload.meta.copy())
             found.append(payload)
         return found
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.block_cache import BlockCache
-from data_pipeline.buffers import BatchBuffers
+from data_pipeline.buffers import batch_buffers
 from data_pipeline.decode import DecodeError, UInt8Array, decode_into
 from data_pipeline.documents import canonical_json, sha256_hex
 from data_pipeline.errors import UserError
@@ -179,7 +179,8 @@ class ImageStream:
         geometry = self._sources[0].loaded.index.geometry
         for source in self._sources:
             check_shape(source.loaded, channels or geometry.channels, image_size or geometry.size)
-        self._buffers = BatchBuffers((geometry.size, geometry.size, geometry.channels))
+        self._buffers = batch_buffers()
+        self._shape = (geometry.size, geometry.size, geometry.channels)
         self._labels, self._mirror, self._substitutions = labels, mirror, substitutions
         self._global_batch, self._slice = global_batch, rank_slice(global_batch, rank, world)
         self.position = position
@@ -342,7 +343,7 @@ class ImageStream:
         """Let the next batch be filled."""
         positions = self._positions(self._next_to_submit)
         self._next_to_submit += self._global_batch
-        images = self._buffers.array(len(positions))
+        images = self._buffers.array((len(positions), *self._shape))
         labels = np.full(len(positions) if self._labels else 0, NO_LABEL, dtype=np.int64)
         batch = Batch(positions, images, labels)
         mirrored = np.zeros(len(positions), bool) if self._mirror is None else self._mirror(positions)
