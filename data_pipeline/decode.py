@@ -1,8 +1,8 @@
 """Picture bytes -> uint8 pixels. The format is told by magic bytes, never by a file name.
 
-JPEG goes through libjpeg-turbo by way of simplejpeg, which is faster than Pillow; NumPy's files are taken as
-they lie; everything else and every odd JPEG goes through Pillow. Both JPEG decoders give the same pixels bit
-for bit: which one ran never shows.
+JPEG goes through libjpeg-turbo by way of simplejpeg, PNG and WebP through libpng and libwebp by way of
+imagecodecs, which are faster than Pillow; NumPy's files are taken as they lie; everything else and every odd
+picture goes through Pillow. All give the same pixels bit for bit: which one ran never shows.
 """
 
 import io
@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -27,10 +28,11 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Not all Pillow knows: some of its readers start other programs (EPS) or have no place in a data set."""
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _NPY_MAGIC = b"\x93NUMPY"
 _MAGIC = (
     (0, _JPEG_MAGIC, "jpg"),
-    (0, b"\x89PNG\r\n\x1a\n", "png"),
+    (0, _PNG_MAGIC, "png"),
     (8, b"WEBP", "webp"),
     (0, b"GIF8", "gif"),
     (0, b"BM", "bmp"),
@@ -195,6 +197,10 @@ def decode(data: bytes, channels: int) -> UInt8Array:
     array: UInt8Array | None = None
     if data.startswith(_JPEG_MAGIC):
         array = _decode_jpeg(data, channels)
+    elif data.startswith(_PNG_MAGIC):
+        array = _decode_png(data, channels)
+    elif data[8:16] in (b"WEBPVP8 ", b"WEBPVP8L"):
+        array = _decode_webp(data, channels)
     elif data.startswith(_NPY_MAGIC):
         array = _to_wider(_decode_npy(data), channels)
     if array is not None:
@@ -307,6 +313,45 @@ def _decode_jpeg(data: bytes, channels: int) -> UInt8Array | None:
     except ValueError:
         return None
     return None  # CMYK, RGB-coded, or colour wanted as grey: not the decoder's luma but Pillow's
+
+
+def _decode_png(data: bytes, channels: int) -> UInt8Array | None:
+    """Decode a PNG of 8-bit grey or RGB without transparency; None for any other: that is Pillow's."""
+    width, height, depth, colour = struct.unpack_from(">IIBB", data.ljust(26, b"\0"), 16)
+    first = data.find(b"IDAT")
+    if depth != 8 or colour not in (0, 2) or first < 0 or b"tRNS" in data[:first]:
+        return None
+    _check_pixels(width, height)
+    try:
+        array = imagecodecs.png_decode(data)
+    except imagecodecs.PngError:
+        return None
+    return _plain(array, channels)
+
+
+def _decode_webp(data: bytes, channels: int) -> UInt8Array | None:
+    """Decode a still WebP without transparency; None for any other: that is Pillow's."""
+    if len(data) < 30:
+        return None
+    if data[15:16] == b"L":  # lossless: both sides less one, in 14 bits each
+        sides = int.from_bytes(data[21:25], "little")
+        width, height = (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    _check_pixels(width, height)
+    try:
+        array = imagecodecs.webp_decode(data)
+    except imagecodecs.WebpError:
+        return None
+    return _plain(array, channels)
+
+
+def _plain(array: npt.NDArray[np.generic], channels: int) -> UInt8Array | None:
+    """Return what a decoder gave as [H, W, channels]; None if it has alpha or would have to become grey."""
+    if array.dtype != np.uint8:
+        return None
+    shaped = array.astype(np.uint8, copy=False).reshape(*array.shape[:2], -1)
+    return _to_wider(shaped, channels) if shaped.shape[2] in (1, 3) else None
 
 
 def _to_wider(array: UInt8Array, channels: int) -> UInt8Array | None:

@@ -292,3 +292,58 @@ def test_decoding_into_a_batch_refuses_other_shapes(form: str) -> None:
         decode_into(data, np.empty((8, 8, 3), dtype=np.uint8))
     with pytest.raises(DecodeError):
         decode_into(data[: len(data) // 2], np.empty((8, 9, 3), dtype=np.uint8))
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(["RGB", "L", "RGBA", "P", "LA", "1"]),
+    st.sampled_from(["PNG", "WEBP"]),
+    st.booleans(),
+    st.sampled_from([1, 3]),
+    st.integers(0, 5),
+)
+@settings(max_examples=150, deadline=None)
+def test_png_and_webp_equal_pillow(
+    width: int, height: int, mode: str, form: str, lossless: bool, channels: int, seed: int
+) -> None:
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.convert(mode).save(buffer, form, **({"lossless": lossless} if form == "WEBP" else {}))
+    data = buffer.getvalue()
+    expected = pixels(to_channels(open_image(data), channels))  # by Pillow alone
+    assert np.array_equal(decode(data, channels), expected)
+
+
+def test_a_transparent_colour_of_a_png_shows_white() -> None:
+    image = Image.new("RGB", (4, 4), (10, 20, 30))
+    image.putpixel((1, 2), (99, 0, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=(10, 20, 30))
+    array = decode(buffer.getvalue(), 3)
+    assert (array[0, 0] == 255).all()
+    assert array[2, 1].tolist() == [99, 0, 0]
+
+
+@pytest.mark.parametrize(("form", "decoder"), [("PNG", "png_decode"), ("WEBP", "webp_decode")])
+def test_ordinary_png_and_webp_take_the_fast_decoder(
+    form: str, decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = getattr(decoding.imagecodecs, decoder)
+    monkeypatch.setattr(decoding.imagecodecs, decoder, lambda data: calls.append(1) or real(data))
+    decode(coded(picture(9, 8), form), 3)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_webp_bombs_are_refused_before_decoding(lossless: bool) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "WEBP", lossless=lossless)
+    data = bytearray(buffer.getvalue())
+    if lossless:
+        data[21:25] = ((1 << 28) - 1).to_bytes(4, "little")
+    else:
+        data[26:30] = b"\xff\x3f\xff\x3f"
+    with pytest.raises(DecodeError, match="is more than the limit"):
+        decode(bytes(data), 3)
