@@ -324,7 +324,7 @@ def _decode_png(data: bytes, channels: int) -> UInt8Array | None:
     _check_pixels(width, height)
     try:
         array = imagecodecs.png_decode(data)
-    except imagecodecs.PngError:
+    except (imagecodecs.PngError, ValueError):  # it fails to read some of its own messages
         return None
     return _plain(array, channels)
 
@@ -341,7 +341,7 @@ def _decode_webp(data: bytes, channels: int) -> UInt8Array | None:
     _check_pixels(width, height)
     try:
         array = imagecodecs.webp_decode(data)
-    except imagecodecs.WebpError:
+    except (imagecodecs.WebpError, ValueError):
         return None
     return _plain(array, channels)
 

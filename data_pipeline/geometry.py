@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 
+import imagecodecs
 import PIL
 import simplejpeg
 from PIL import Image, features
@@ -94,7 +95,11 @@ def _centre(image: Image.Image, side: int) -> Image.Image:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of whatever decides pixels and bytes (decoders, resampler, coders)."""
-    found = {"pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
+    found = {
+        "pillow": PIL.__version__,
+        "simplejpeg": simplejpeg.__version__,
+        "imagecodecs": imagecodecs.__version__,
+    }
     for feature in ("libjpeg_turbo", "zlib", "zlib_ng", "webp"):
         version = features.version(feature)
         if version is not None:
