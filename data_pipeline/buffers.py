@@ -17,13 +17,14 @@ from data_pipeline.decode import UInt8Array
 
 _OWN_REFERENCES: Final = 3
 """To a block that nobody uses: the list's, the loop's and `getrefcount`'s own."""
+_SMALLEST: Final = 1 << 20  # what is smaller the C library recycles well enough
 _TOO_LARGE: Final = 4  # times what is asked for: such a block is left for those who need it
 
 
 class Buffers:
     """Arrays in memory that is recycled when the last array, view or tensor over it is gone.
 
-    Safe to use from several threads.
+    Small ones come from the C library. Safe to use from several threads.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,8 @@ class Buffers:
     def array(self, shape: Sequence[int]) -> UInt8Array:
         """Return uint8 of that shape and undefined content."""
         size = math.prod(shape)
+        if size < _SMALLEST:
+            return np.empty(shape, dtype=np.uint8)
         with self._lock:
             # NumPy makes every view refer to the block itself, so its references tell whether it is in use.
             for block in self._blocks:

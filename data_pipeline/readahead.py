@@ -72,7 +72,7 @@ class ReadAhead:
         reader: Reads it.
         mend: Called with what is damaged in the store.
         first: So many members are read at once, more only after `go_on`.
-        limit: Most bytes to hold and to have asked for; one request may exceed it if it stands alone.
+        limit: Most bytes to hold and to have asked for; only the oldest segment by itself may exceed it.
         pool: Runs the requests.
         name: Start of the thread's name.
     """

@@ -297,15 +297,5 @@ def test_device_batches_hold_the_same_and_their_state_is_of_what_was_delivered(d
                 break
 
 
-def test_memory_of_batches_is_used_again_but_never_while_it_is_looked_at(digits_url: str) -> None:
-    kept = []
-    with stream(digits_url, prefetch_batches=2) as batches:
-        for batch in itertools.islice(batches, 30):
-            kept = [*kept[-3:], (batch.images[5:], batch.images.copy())]
-            for view, copy in kept:
-                assert np.array_equal(view, copy[5:])
-        assert len(batches._buffers._blocks) < 12
-
-
 def test_it_works_in_one_thread(digits_url: str) -> None:
     assert take(digits_url, 5, threads=0) == take(digits_url, 5)
