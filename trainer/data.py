@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data_pipeline.block_cache import BlockCache
 
+from data_pipeline.block_cache import BlockCache
 from data_pipeline.index import LoadedIndex, load_index
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Storage
