@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.reader import LARGEST_RANGE, Payload, RangeRequest, ShardReader
+from data_pipeline.reader import GAP, LARGEST_RANGE, Payload, RangeRequest, ShardReader
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -182,7 +182,9 @@ class ReadAhead:
     def _enter(self, segment: Segment) -> list[_Load]:
         """Plan a segment's requests and put its members into the queue."""
         largest = max(min(LARGEST_RANGE, self._limit // 4), _MIN_RANGE)
-        requests = self._reader.plan(segment.shards, segment.members, largest)
+        # A start reads its first batch's members and not a byte between them.
+        gap = GAP if self._planned >= self._first else 0
+        requests = self._reader.plan(segment.shards, segment.members, largest, gap)
         with self._changed:
             stretch = _Stretch(self._planned, segment, requests)
             self._stretches.append(stretch)

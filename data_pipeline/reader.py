@@ -28,7 +28,8 @@ UInt8Array = npt.NDArray[np.uint8]
 
 LARGEST_RANGE: Final = 8 << 20
 """Most bytes of one request, unless a single member is larger."""
-_GAP: Final = 64 << 10  # reading over so many unwanted bytes costs less than another request
+GAP: Final = 64 << 10
+"""Reading over so many unwanted bytes costs less than another request."""
 _DENSE: Final = 0.75  # of what a request brings, from which on it is kept as it is
 _RECORD_BYTES: Final = 64 << 20  # memory for records: those of two million samples
 
@@ -167,7 +168,7 @@ class ShardReader:
         return sizes
 
     def plan(
-        self, shards: Int64Array, members: Int64Array, largest: int = LARGEST_RANGE
+        self, shards: Int64Array, members: Int64Array, largest: int = LARGEST_RANGE, gap: int = GAP
     ) -> list[RangeRequest]:
         """Divide members into requests.
 
@@ -175,6 +176,7 @@ class ShardReader:
             shards: int64 [B], numbers in the split's list.
             members: int64 [B], numbers within the shard.
             largest: Most bytes of a request.
+            gap: So many unwanted bytes are read to save a request.
 
         Returns:
             Requests in which every member occurs once, those of the earliest members first.
@@ -184,7 +186,7 @@ class ShardReader:
             asked = np.flatnonzero(shards == shard)
             records = self.records(shard)[members[asked]]
             starts, stops = self.extents(records)
-            for group in coalesce(starts, stops, largest):
+            for group in coalesce(starts, stops, largest, gap):
                 places = asked[group]
                 start, stop = int(starts[group[0]]), int(stops[group].max())
                 wanted = int((stops[group] - starts[group]).sum())
@@ -312,13 +314,16 @@ class ShardReader:
             self._counts = ReadCounts(had.requests + requests, had.bytes + bytes_, had.rereads + rereads)
 
 
-def coalesce(starts: Int64Array, stops: Int64Array, largest: int = LARGEST_RANGE) -> list[Int64Array]:
+def coalesce(
+    starts: Int64Array, stops: Int64Array, largest: int = LARGEST_RANGE, gap: int = GAP
+) -> list[Int64Array]:
     """Group byte ranges that are worth one request together.
 
     Args:
         starts: int64 [B], first byte of each range.
         stops: int64 [B], byte after the last; ranges do not overlap.
         largest: Most bytes of a group of more than one.
+        gap: Ranges further apart than this are not joined.
 
     Returns:
         int64 arrays of places in the input, each sorted by start; every place occurs once.
@@ -327,7 +332,7 @@ def coalesce(starts: Int64Array, stops: Int64Array, largest: int = LARGEST_RANGE
     groups, begin = [], 0
     first, last = starts[order], stops[order]
     # Where the next range lies too far off, a group ends in any case; within these runs, by size.
-    runs = [*(np.flatnonzero(first[1:] - last[:-1] > _GAP) + 1).tolist(), len(order)] if len(order) else []
+    runs = [*(np.flatnonzero(first[1:] - last[:-1] > gap) + 1).tolist(), len(order)] if len(order) else []
     for end in runs:
         while begin < end:
             fitting = int(np.searchsorted(last[begin:end], first[begin] + largest, side="right"))
