@@ -39,7 +39,6 @@ UInt64Array = npt.NDArray[np.uint64]
 
 ROUNDS = 24
 _GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 _SHARDS, _MEMBERS = 1, 2  # which of the two bijections a key belongs to
 _CACHED_EPOCHS = 4
 
@@ -55,14 +54,19 @@ def derive(*words: int) -> int:
     """Hash a sequence of integers in [0, 2^64) to one 64-bit key."""
     h = np.zeros(1, dtype=np.uint64)
     for word in words:
-        h = mix64((h + np.uint64(_GOLDEN)) ^ np.uint64(word))
+        h = _derive_further(h, np.array([word], dtype=np.uint64))
     return int(h[0])
 
 
-def round_keys(key: int) -> UInt64Array:
-    """Return the `ROUNDS` round keys of one bijection, uint64 [ROUNDS]."""
-    states = [(key + (i + 1) * _GOLDEN) & _MASK for i in range(ROUNDS)]
-    return mix64(np.array(states, dtype=np.uint64))
+def _derive_further(h: UInt64Array, words: UInt64Array) -> UInt64Array:
+    """Hash one more word each onto `derive` of the words before, uint64 [1] and [B] -> [B]."""
+    return mix64((h + np.uint64(_GOLDEN)) ^ words)
+
+
+def round_keys(keys: UInt64Array) -> UInt64Array:
+    """Return the round keys of bijections with keys uint64 [B], uint64 [B, ROUNDS]."""
+    steps = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return mix64(keys[:, None] + steps)
 
 
 def _factors(n: int) -> tuple[int, int]:
@@ -109,7 +113,7 @@ def permutation(n: int, key: int) -> Int64Array:
     """Return the whole keyed bijection of {0 … n-1} as int64 [n]."""
     a, b = _factors(n)
     full = np.full(n, n, dtype=np.int64)
-    keys = np.broadcast_to(round_keys(key), (n, ROUNDS))
+    keys = np.broadcast_to(round_keys(np.array([key], dtype=np.uint64)), (n, ROUNDS))
     return permute(np.arange(n, dtype=np.int64), full, np.full_like(full, a), np.full_like(full, b), keys)
 
 
@@ -210,5 +214,6 @@ class Order:
         starts = np.concatenate([[0], np.cumsum(self._sizes[shards])]).astype(np.int64)
         window_starts = np.append(starts[:-1][:: self._window_shards], starts[-1])
         factors = np.array([_factors(int(n)) for n in np.diff(window_starts)], dtype=np.int64)
-        keys = [round_keys(derive(self._seed, _MEMBERS, epoch, w)) for w in range(len(factors))]
-        return _EpochTable(shards, starts, window_starts, factors[:, 0], factors[:, 1], np.stack(keys))
+        of_epoch = np.array([derive(self._seed, _MEMBERS, epoch)], dtype=np.uint64)
+        keys = round_keys(_derive_further(of_epoch, np.arange(len(factors), dtype=np.uint64)))
+        return _EpochTable(shards, starts, window_starts, factors[:, 0], factors[:, 1], keys)
