@@ -1,0 +1,68 @@
+"""What one contender is told, and what it has to offer."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Record
+from benchmarks.report import installed
+from data_pipeline.remote_files import StorageBackend
+
+SIZE = 256
+"""Side of the pictures."""
+BATCH = 64
+"""Pictures of a batch."""
+SEED = 1
+"""Of every shuffle that takes one."""
+PREFETCH_BYTES = 256 << 20
+"""`ImageStream`'s own default."""
+
+Epoch = Callable[[Path], Iterator[Any]]
+"""An empty folder for what is kept on disk -> the batches of one epoch, uint8 [b, 256, 256, 3], shuffled."""
+
+
+class Job(Record):
+    """What a process is to read.
+
+    Attributes:
+        contender: Who reads; a key of `contenders.CONTENDERS`.
+        url: Where its data lie: for ours and decode-only the shards', for the others those in their format.
+        pictures: Pictures of one epoch.
+        workers: Processes of a loader that has some.
+        http: The shards' URLs for a reader that knows only HTTP.
+        backend: Of our `Storage`.
+        request_timeout: Of our `Storage`.
+        prefetch_bytes: Of our stream.
+        window_shards: Of our stream.
+    """
+
+    contender: str
+    url: str
+    pictures: int
+    workers: int = 0
+    http: tuple[str, ...] = ()
+    backend: StorageBackend = StorageBackend.OBSTORE
+    request_timeout: float = 30.0
+    prefetch_bytes: int = PREFETCH_BYTES
+    window_shards: int = 16
+
+
+@dataclass(frozen=True)
+class ReaderPeer:
+    """Who reads besides us.
+
+    Attributes:
+        name: In tables and bars.
+        distribution: What pip calls it.
+        source: Where the configuration is documented.
+    """
+
+    name: str
+    distribution: str
+    source: str
+
+    @property
+    def version(self) -> str | None:
+        """Of the installed distribution; None if it is not installed."""
+        return installed(self.distribution)
