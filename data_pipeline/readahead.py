@@ -6,10 +6,12 @@ A segment of members close to each other is at most half of the bound: the next 
 The requests of the oldest segment are always made, so what is awaited is never held up by what comes after.
 """
 
+import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -19,6 +21,7 @@ import numpy.typing as npt
 
 from data_pipeline.reader import GAP, LARGEST_RANGE, Payload, RangeRequest, ShardReader
 
+log = logging.getLogger(__name__)
 Int64Array = npt.NDArray[np.int64]
 
 _MIN_RANGE: Final = 64 << 10
@@ -49,6 +52,7 @@ class _Load:
     def __init__(self, stretch: "_Stretch", request: RangeRequest) -> None:
         self.stretch, self.request = stretch, request
         self.left = len(request.places)
+        self.is_submitted = False
         self.done: Future[list[Payload | None]] = Future()
 
 
@@ -98,8 +102,9 @@ class ReadAhead:
         self._failure: BaseException | None = None
         self._closed = False
         self._unfinished: set[_Load] = set()
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._planner.submit(self._plan).add_done_callback(self._plan_ended)
+        # A daemon: a program that ends without closing its stream must not wait for more to be wanted.
+        self._planner = threading.Thread(target=self._plan_to_the_end, name=name, daemon=True)
+        self._planner.start()
 
     def take(self, first: int, count: int) -> list[Payload]:
         """Wait for the members `first` … `first + count - 1`; each can be taken once.
@@ -129,7 +134,7 @@ class ReadAhead:
             self._closed = True
             self._changed.notify_all()
         self._cancel_unfinished()
-        self._planner.shutdown(wait=True)
+        self._planner.join()
         self._cancel_unfinished()  # what the planner entered meanwhile
 
     def _cancel_unfinished(self) -> None:
@@ -172,12 +177,31 @@ class ReadAhead:
             for load in self._enter(segment):
                 if not self._has_room(load):
                     return
-                self._pool.submit(self._read, load).add_done_callback(partial(self._end, load))
+                run = self._pool.submit(self._read, load)
+                load.is_submitted = True
+                run.add_done_callback(partial(self._end, load))
 
-    def _plan_ended(self, run: "Future[None]") -> None:
+    def _plan_to_the_end(self) -> None:
+        try:
+            self._plan()
+        except (ValueError, OSError, RuntimeError):  # the last one at the interpreter's end
+            log.debug("planning ended", exc_info=True)
+            self._fail(sys.exc_info()[1])
+        finally:
+            self._fail(sys.exc_info()[1])
+
+    def _fail(self, error: BaseException | None) -> None:
+        """Tell those who wait for what will never be asked for why."""
+        if error is None:
+            return
         with self._changed:
-            self._failure = run.exception()
+            self._failure = error
             self._changed.notify_all()
+            orphans = [load for load in self._unfinished if not load.is_submitted]
+            self._unfinished.difference_update(orphans)
+        for load in orphans:
+            if load.done.set_running_or_notify_cancel():
+                load.done.set_exception(error)
 
     def _enter(self, segment: Segment) -> list[_Load]:
         """Plan a segment's requests and put its members into the queue."""

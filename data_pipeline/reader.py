@@ -1,7 +1,7 @@
 """Members of shards by number: ranged reads, each byte trusted only after its check.
 
 Neighbours are read together by one request. A member whose length or CRC32C is wrong is read again, alone;
-only what stays wrong through `TRIES` independent reads counts as damaged in the store.
+only what stays wrong through `MEMBER_TRIES` independent reads counts as damaged in the store.
 """
 
 import logging
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.buffers import Buffers
 from data_pipeline.errors import StorageFault
-from data_pipeline.index import TRIES, LoadedIndex, Records, load_records
+from data_pipeline.index import LoadedIndex, Records, load_records
 
 log = logging.getLogger(__name__)
 V = TypeVar("V")
@@ -28,6 +28,8 @@ UInt8Array = npt.NDArray[np.uint8]
 
 LARGEST_RANGE: Final = 8 << 20
 """Most bytes of one request, unless a single member is larger."""
+MEMBER_TRIES: Final = 5
+"""Independent reads of a member: if every tenth is damaged on its way, one in 100,000 is so five times."""
 GAP: Final = 64 << 10
 """Reading over so many unwanted bytes costs less than another request."""
 _DENSE: Final = 0.75  # of what a request brings, from which on it is kept as it is
@@ -270,8 +272,8 @@ class ShardReader:
     def damaged(self, shard: int, member: int) -> StorageFault:
         """Return the error that says that a member is damaged in the store."""
         return StorageFault(
-            f"{self.where(shard, member)}: checksum wrong in {TRIES} independent reads, so it is damaged in "
-            "the store; see `ddpm data verify` and build the data set anew"
+            f"{self.where(shard, member)}: checksum wrong in {MEMBER_TRIES} independent reads, so it is "
+            "damaged in the store; see `ddpm data verify` and build the data set anew"
         )
 
     def _read_range(self, shard: int, start: int, stop: int) -> bytes:
@@ -295,11 +297,11 @@ class ShardReader:
         return data
 
     def _read_again(self, shard: int, member: int, record: tuple[int, ...]) -> Payload | None:
-        """Read one member whose bytes failed their check, at most `TRIES` times in all."""
+        """Read one member whose bytes failed their check, at most `MEMBER_TRIES` times in all."""
         (start,), (stop,) = self.extents(self.records(shard)[member : member + 1])
         if self._cache is not None:
             self._cache.drop(self._shards[shard].sha256, int(start), int(stop))
-        for _ in range(TRIES - 1):
+        for _ in range(MEMBER_TRIES - 1):
             self._count(rereads=1)
             log.warning("%s: checksum wrong, reading it again", self.where(shard, member))
             data = self._get(shard, int(start), int(stop))

@@ -153,9 +153,8 @@ class Site:
         client = self._client(self.server.endpoint)
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                client.upload_file(
-                    str(path), self.server.bucket, f"{name}/{path.relative_to(folder).as_posix()}"
-                )
+                key = f"{name}/{path.relative_to(folder).as_posix()}"
+                client.put_object(Bucket=self.server.bucket, Key=key, Body=path.read_bytes())
 
     def _presigned(self, data: DataSet, endpoint: str) -> list[str]:
         """URLs that need no further credentials; they hold at that endpoint only."""

@@ -51,6 +51,11 @@ class Worker:
             next(opened)
         return opened
 
+    def close(self) -> None:
+        """Close the stream that goes on, if there is one."""
+        if "_going" in self.__dict__:
+            self._going.close()
+
     def version(self) -> str | None:
         """Of the peer's distribution, as this process finds it."""
         peer = CONTENDERS[self._job.contender].peer
@@ -154,6 +159,7 @@ def main() -> None:
         asked: dict[str, Any] = json.loads(line)
         answer = getattr(worker, asked.pop("do"))(**asked)
         print(json.dumps(answer), file=answers, flush=True)
+    worker.close()
 
 
 if __name__ == "__main__":

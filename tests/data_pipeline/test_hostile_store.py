@@ -112,7 +112,7 @@ def test_lasting_damage_gives_way_to_one_substitute_for_everybody(
     proxy.plan = flip_member(*damaged(digits_url, 1, 17))
     storage = Storage(str(tmp_path / "substitutions"))
     with_damage = take(Storage(hostile_url), EPOCH_BATCHES, substitutions=Substitutions(storage, 5))
-    assert proxy.counters().faults[Fault.FLIP] >= 3, "it was read three times on its own"
+    assert proxy.counters().faults[Fault.FLIP] >= 5, "it was read again and again, on its own"
     names = storage.list()
     name = names[0]  # the others are of later epochs, read ahead
     made = Substitution.from_json(storage.read(name), name)
@@ -159,7 +159,7 @@ def test_known_damage_is_not_tried_again_and_every_position_is_published(
             next(stream)
         counts = stream.counts
     assert counts.substitutions >= 3
-    assert 2 <= counts.rereads < 2 * counts.substitutions, "not at every meeting"
+    assert 4 <= counts.rereads < 4 * counts.substitutions, "not at every meeting"
     assert proxy.counters().faults[Fault.FLIP] >= 3
     names = Storage(str(tmp_path / "s")).list()
     assert len(names) >= 3, "once an epoch"
@@ -182,7 +182,7 @@ def test_without_a_place_for_substitutions_damage_ends_the_stream(
     proxy: FaultProxy, hostile_url: str, digits_url: str
 ) -> None:
     proxy.plan = flip_member(*damaged(digits_url, 2, 9))
-    with pytest.raises(StorageFault, match=r"member 9: checksum wrong in 3 independent reads"):
+    with pytest.raises(StorageFault, match=r"member 9: checksum wrong in 5 independent reads"):
         take(Storage(hostile_url), EPOCH_BATCHES)
     assert proxy.counters().faults[Fault.FLIP] >= 3
 
@@ -200,4 +200,4 @@ def test_a_start_anywhere_reads_as_much(proxy: FaultProxy, hostile_url: str) -> 
             costs.append(proxy.counters().bytes_down)
     whole = sum(entry.bytes for entry in load_index(hostile_url).shards("train"))
     assert max(costs) < whole / 4
-    assert max(costs) < 1.6 * min(costs), "of pictures so small, what lies between them decides"
+    assert max(costs) < 2 * min(costs), "a first batch at a window's end needs the next one's records too"

@@ -1,6 +1,8 @@
 import io
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -299,3 +301,20 @@ def test_device_batches_hold_the_same_and_their_state_is_of_what_was_delivered(d
 
 def test_it_works_in_one_thread(digits_url: str) -> None:
     assert take(digits_url, 5, threads=0) == take(digits_url, 5)
+
+
+UNCLOSED = """
+import sys
+from data_pipeline import ImageStream
+stream = ImageStream(sys.argv[1], seed=1, global_batch=64, window_shards=3, prefetch_bytes=200_000)
+for _ in range(int(sys.argv[2])):
+    next(stream)
+"""
+
+
+@pytest.mark.parametrize("batches", [1, 7])
+def test_a_program_that_forgets_to_close_its_stream_ends(digits_url: str, batches: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNCLOSED, digits_url, str(batches)], timeout=60, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
