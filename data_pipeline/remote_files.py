@@ -11,7 +11,6 @@ import errno
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -23,6 +22,8 @@ import obstore.exceptions
 from fsspec.asyn import AsyncFileSystem, sync
 from obstore.fsspec import FsspecStore
 
+from data_pipeline.storage_backend import StorageBackend
+
 Fill = Callable[[BinaryIO], object]
 """Writes a file's content."""
 
@@ -30,17 +31,6 @@ _S3: Final = ("s3", "s3a")
 _CONNECT_SECONDS: Final = 5
 _CREDENTIALS_FOR: Final = datetime.timedelta(minutes=5)
 """How long obstore keeps credentials before it asks the standard chain again, which renews them itself."""
-
-
-class StorageBackend(StrEnum):
-    """Which client fetches bytes from S3.
-
-    Both go through fsspec. obstore (Rust) needs a fraction of s3fs's processor time, most visibly for many
-    small ranges. Everything but reading stays with s3fs: obstore's fsspec layer ignores `mode="create"`.
-    """
-
-    S3FS = "s3fs"
-    OBSTORE = "obstore"
 
 
 class RemoteFiles:

@@ -22,7 +22,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.local_files import LocalFiles
-from data_pipeline.remote_files import Fill, RemoteFiles, StorageBackend
+from data_pipeline.remote_files import Fill, RemoteFiles
+from data_pipeline.storage_backend import StorageBackend
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

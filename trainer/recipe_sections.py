@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from data_pipeline.remote_files import StorageBackend
+from data_pipeline.storage_backend import StorageBackend
 from trainer.diffusion.losses import LossConfig, LossKind, Weighting
 from trainer.diffusion.process import Prediction, Variance
 from trainer.diffusion.schedule import ScheduleConfig, ScheduleKind

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.harness import Record
 from benchmarks.report import installed
-from data_pipeline.remote_files import StorageBackend
+from data_pipeline.storage_backend import StorageBackend
 
 SIZE = 256
 """Side of the pictures."""

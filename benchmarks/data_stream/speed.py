@@ -23,7 +23,7 @@ from benchmarks.data_stream.process import ContenderProcess
 from benchmarks.data_stream.site import Site
 from benchmarks.harness import SAMPLES_HEADER, Load, Record, take_turns, tree_seconds
 from benchmarks.report import Bar, table
-from data_pipeline.remote_files import StorageBackend
+from data_pipeline.storage_backend import StorageBackend
 
 TARGETS: Final = {DECODE_ONLY: 0.85, STOCK: 1.4, WITH_OUR_DECODER: 1.1, MOSAIC: 1.2}
 """Least ratio of their seconds to ours."""

@@ -11,8 +11,8 @@ from s3fs import S3FileSystem
 from data_pipeline import ImageStream
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.index import load_index, load_records
-from data_pipeline.remote_files import StorageBackend
 from data_pipeline.storage import Storage
+from data_pipeline.storage_backend import StorageBackend
 from data_pipeline.substitutes import Substitution, Substitutions
 from launch.s3server import S3Server
 from tests.fault_plan import Fault, always, first, flip_member, random_faults
