@@ -1,6 +1,5 @@
 """Looking into a finished data set: a summary, statistics, a contact sheet, the order."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from data_pipeline.documents import Document
 from data_pipeline.errors import StorageFault
 from data_pipeline.index import TRIES, LoadedIndex, Records, load_index, load_records
 from data_pipeline.order import Order
-from data_pipeline.reader import ShardReader, coalesce
+from data_pipeline.reader import ShardReader, coalesce, label_of
 from data_pipeline.split_reader import read_split
 
 
@@ -216,12 +215,8 @@ def _labels(loaded: LoadedIndex, shard: str, records: Records) -> Iterator[int]:
     stops = starts + records["meta_size"].astype(np.int64)
     for group in coalesce(starts, stops):
         for data in _read_metas(loaded, shard, records[group]):
-            try:
-                meta = json.loads(data)
-            except ValueError:  # of an adopted tar: JSON by name only
-                continue
-            label = meta.get("label") if isinstance(meta, dict) else None
-            if isinstance(label, int) and not isinstance(label, bool):
+            label = label_of(data)
+            if label is not None:
                 yield label
 
 

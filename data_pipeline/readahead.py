@@ -6,7 +6,6 @@ A segment of members close to each other is at most half of the bound: the next 
 The requests of the oldest segment are always made, so what is awaited is never held up by what comes after.
 """
 
-import logging
 import sys
 import threading
 from collections import deque
@@ -21,7 +20,6 @@ import numpy.typing as npt
 
 from data_pipeline.reader import GAP, LARGEST_RANGE, Payload, RangeRequest, ShardReader
 
-log = logging.getLogger(__name__)
 Int64Array = npt.NDArray[np.int64]
 
 _MIN_RANGE: Final = 64 << 10
@@ -184,16 +182,15 @@ class ReadAhead:
     def _plan_to_the_end(self) -> None:
         try:
             self._plan()
-        except (ValueError, OSError, RuntimeError):  # the last one at the interpreter's end
-            log.debug("planning ended", exc_info=True)
-            self._fail(sys.exc_info()[1])
+        except (ValueError, OSError, RuntimeError) as error:  # the last one at the interpreter's end
+            self._fail(error)
         finally:
-            self._fail(sys.exc_info()[1])
+            broken = sys.exception()
+            if broken is not None:  # an invariant: its traceback follows, but nobody waits for ever
+                self._fail(broken)
 
-    def _fail(self, error: BaseException | None) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Tell those who wait for what will never be asked for why."""
-        if error is None:
-            return
         with self._changed:
             self._failure = error
             self._changed.notify_all()

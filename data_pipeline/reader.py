@@ -4,6 +4,7 @@ Neighbours are read together by one request. A member whose length or CRC32C is 
 only what stays wrong through `MEMBER_TRIES` independent reads counts as damaged in the store.
 """
 
+import json
 import logging
 import tarfile
 import threading
@@ -342,6 +343,16 @@ def coalesce(
             groups.append(order[begin:stop])
             begin = stop
     return groups
+
+
+def label_of(meta: bytes) -> int | None:
+    """Return the class number that a sample's `key.json` tells, if it tells one."""
+    try:
+        content = json.loads(meta or b"null")
+    except ValueError:  # of an adopted tar: JSON by name only
+        return None
+    label = content.get("label") if isinstance(content, dict) else None
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def _cut(data: UInt8Array, start: int, record: tuple[int, ...], with_meta: bool) -> Payload | None:

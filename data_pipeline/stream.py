@@ -1,6 +1,5 @@
 """Order + reader + decoder -> batches for training, and the cursor of what was consumed."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from data_pipeline.index import LoadedIndex, load_index
 from data_pipeline.mixture import Mixture, source_seed
 from data_pipeline.order import Order, rank_slice
 from data_pipeline.readahead import ReadAhead
-from data_pipeline.reader import Payload, ShardReader
+from data_pipeline.reader import ShardReader, label_of
 from data_pipeline.split_reader import check_shape, unfit
 from data_pipeline.storage import Storage
 from data_pipeline.substitutes import Substitutions
@@ -275,11 +274,11 @@ class ImageStream:
             `__key__` (the stream position), `__url__`, `image` uint8 [H, W, C], and `cls` if labels are read.
         """
         for batch in self:
-            for place, position in enumerate(batch.positions.tolist()):
-                source = self._sources[int(self._mixture.split(batch.positions[place : place + 1])[0][0])]
+            numbers = self._mixture.split(batch.positions)[0].tolist()
+            for place, (position, number) in enumerate(zip(batch.positions.tolist(), numbers, strict=True)):
                 sample = {
                     "__key__": f"{position:012d}",
-                    "__url__": source.loaded.storage.url,
+                    "__url__": self._sources[number].loaded.storage.url,
                     "image": batch.images[place],
                 }
                 yield sample | ({"cls": int(batch.labels[place])} if self._labels else {})
@@ -380,7 +379,8 @@ class ImageStream:
                 shards, members = source.order.locate(within[i : i + 1])
                 raise unfit(source.reader, int(shards[0]), int(members[0]), error) from error
             if self._labels:
-                batch.labels[place] = label_of(payload)
+                label = label_of(payload.meta.tobytes())
+                batch.labels[place] = NO_LABEL if label is None else label
 
 
 def identity(loaded: Sequence[LoadedIndex], shares: Sequence[int]) -> str:
@@ -395,16 +395,6 @@ def identity(loaded: Sequence[LoadedIndex], shares: Sequence[int]) -> str:
     return sha256_hex(
         canonical_json([[one.sha256, share] for one, share in zip(loaded, shares, strict=True)])
     )
-
-
-def label_of(payload: Payload) -> int:
-    """Return the class number that a sample's meta data tells, or `NO_LABEL`."""
-    try:
-        meta = json.loads(payload.meta.tobytes() or b"null")
-    except ValueError:  # of an adopted tar: JSON by name only
-        return NO_LABEL
-    label = meta.get("label") if isinstance(meta, dict) else None
-    return label if isinstance(label, int) and not isinstance(label, bool) else NO_LABEL
 
 
 def _open(

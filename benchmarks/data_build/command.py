@@ -18,7 +18,8 @@ from benchmarks.data_build.passthrough import Passthrough, nothing
 from benchmarks.data_build.pictures import SIZE, write_database, write_large
 from benchmarks.data_build.running import Part, Rate, built, measure, scratch_below
 from benchmarks.harness import OURS, SAMPLES_HEADER, Load, Measure, Record, take_turns, tree_seconds
-from benchmarks.peers.webdataset_writer import WEBDATASET, ShardWriterPeer
+from benchmarks.peers.distribution import LibraryPeer
+from benchmarks.peers.webdataset_writer import WEBDATASET
 from benchmarks.report import Bar, Environment, environment, finish, missing_bar, ratio_bar, table
 from data_pipeline.build import BuildOptions
 from data_pipeline.documents import Document
@@ -61,7 +62,7 @@ class Options:
     folder: Path
     index_samples: int
     json: Path | None
-    peer: ShardWriterPeer = WEBDATASET
+    peer: LibraryPeer = WEBDATASET
 
     @property
     def small(self) -> bool:

@@ -1,7 +1,6 @@
 """Everyone who reads, by name: ours, the decoder alone, and the peers."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.data_stream.job import BATCH, SEED, SIZE, Epoch, Job, ReaderPeer
+from benchmarks.data_stream.job import BATCH, SEED, SIZE, Epoch, Job
 from benchmarks.peers import litdata_streaming, mosaic_streaming, torch_loader, webdataset_reader
+from benchmarks.peers.distribution import LibraryPeer
 from data_pipeline import ImageStream
 from data_pipeline.decode import UInt8Array, decode_into
 from data_pipeline.index import LoadedIndex, load_index
@@ -41,7 +41,7 @@ class Contender:
     """
 
     open: Callable[[Job], Epoch]
-    peer: ReaderPeer | None = None
+    peer: LibraryPeer | None = None
     write: Callable[[Path, Path], None] | None = None
 
 
@@ -63,7 +63,7 @@ def _open_ours(job: Job) -> Epoch:
     def batches(cache: Path) -> Iterator[Any]:
         with stream(job) as opened:
             # The last batch reaches into the next epoch: the others read up to 63 pictures less.
-            for batch in itertools.islice(opened, math.ceil(job.pictures / BATCH)):
+            for batch in itertools.islice(opened, job.batches):
                 yield batch.images
 
     return batches

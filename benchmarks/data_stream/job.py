@@ -1,12 +1,11 @@
 """What one contender is told, and what it has to offer."""
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Record
-from benchmarks.report import installed
 from data_pipeline.storage_backend import StorageBackend
 
 SIZE = 256
@@ -47,22 +46,7 @@ class Job(Record):
     prefetch_bytes: int = PREFETCH_BYTES
     window_shards: int = 16
 
-
-@dataclass(frozen=True)
-class ReaderPeer:
-    """Who reads besides us.
-
-    Attributes:
-        name: In tables and bars.
-        distribution: What pip calls it.
-        source: Where the configuration is documented.
-    """
-
-    name: str
-    distribution: str
-    source: str
-
     @property
-    def version(self) -> str | None:
-        """Of the installed distribution; None if it is not installed."""
-        return installed(self.distribution)
+    def batches(self) -> int:
+        """Batches of one epoch; our last one reaches into the next epoch."""
+        return math.ceil(self.pictures / BATCH)

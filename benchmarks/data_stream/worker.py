@@ -7,7 +7,6 @@ libraries print goes to stderr.
 import functools
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import numpy as np
 import psutil
 
 from benchmarks.data_stream.contenders import CONTENDERS, OURS, stream
-from benchmarks.data_stream.job import BATCH, SIZE, Epoch, Job
+from benchmarks.data_stream.job import SIZE, Epoch, Job
 from benchmarks.harness import timed, tree_seconds
 from benchmarks.peers.webdataset_reader import skip_to
 from data_pipeline import ImageStream
@@ -47,7 +46,7 @@ class Worker:
     @functools.cached_property
     def _going(self) -> ImageStream:
         opened = stream(self._job)
-        for _ in range(math.ceil(self._job.pictures / BATCH)):  # the first epoch is not timed
+        for _ in range(self._job.batches):  # the first epoch is not timed
             next(opened)
         return opened
 
@@ -72,10 +71,10 @@ class Worker:
         delivered: list[int] = []
         if self._job.contender == OURS:
             # As in training, one stream goes on from epoch to epoch; a last batch reaches into the next one.
-            batches = math.ceil(self._job.pictures / BATCH)
             going = self._going
             wall, cpu = timed(
-                lambda: delivered.extend(len(next(going).images) for _ in range(batches)), tree_seconds
+                lambda: delivered.extend(len(next(going).images) for _ in range(self._job.batches)),
+                tree_seconds,
             )
             return {"wall": wall, "cpu": cpu, "pictures": sum(delivered)}
         epoch = self._epoch
@@ -138,7 +137,7 @@ class Worker:
         if self._job.contender == OURS:
             with stream(self._job) as opened:
                 for _ in range(count):
-                    for _ in range(math.ceil(self._job.pictures / BATCH)):
+                    for _ in range(self._job.batches):
                         next(opened)
                     yield
             return

@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.data_stream.job import BATCH, SEED, Epoch, Job, ReaderPeer
+from benchmarks.data_stream.job import BATCH, SEED, Epoch, Job
+from benchmarks.peers.distribution import LibraryPeer
 
-LITDATA = ReaderPeer(
+LITDATA = LibraryPeer(
     name="litdata", distribution="litdata", source="https://github.com/Lightning-AI/litData#readme"
 )
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.data_stream.job import BATCH, SEED, Epoch, Job, ReaderPeer
+from benchmarks.data_stream.job import BATCH, SEED, Epoch, Job
+from benchmarks.peers.distribution import LibraryPeer
 
-MOSAIC = ReaderPeer(
+MOSAIC = LibraryPeer(
     name="mosaicml-streaming",
     distribution="mosaicml-streaming",
     source="https://docs.mosaicml.com/projects/streaming/en/latest/getting_started/main_concepts.html",

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.data_stream.job import BATCH, Epoch, Job, ReaderPeer
+from benchmarks.data_stream.job import BATCH, Epoch, Job
+from benchmarks.peers.distribution import LibraryPeer
 
-TORCH_FOLDER = ReaderPeer(
+TORCH_FOLDER = LibraryPeer(
     name="torch-folder",
     distribution="torch",
     source="https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.ImageFolder.html",

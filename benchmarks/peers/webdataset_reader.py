@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.data_stream.job import BATCH, SIZE, Epoch, Job, ReaderPeer
+from benchmarks.data_stream.job import BATCH, SIZE, Epoch, Job
+from benchmarks.peers.distribution import LibraryPeer
 from data_pipeline.decode import UInt8Array, decode_into
 
-WEBDATASET = ReaderPeer(
+WEBDATASET = LibraryPeer(
     name="webdataset",
     distribution="webdataset",
     source="https://github.com/webdataset/webdataset#readme",

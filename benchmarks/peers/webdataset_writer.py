@@ -6,35 +6,13 @@ extension, `encoder=False`, shards limited by `maxsize`. `verbose=0` spares it t
 several, each with keys and shard numbers of its own (`start_shard`), are what people start by hand.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
 
-from benchmarks.report import installed
+from benchmarks.peers.distribution import LibraryPeer
 
-
-@dataclass(frozen=True)
-class ShardWriterPeer:
-    """Who writes.
-
-    Attributes:
-        name: In tables and bars.
-        distribution: What pip calls it.
-        source: Where its documentation and code stand.
-    """
-
-    name: str
-    distribution: str
-    source: str
-
-    @property
-    def version(self) -> str | None:
-        """Of the installed distribution; None if it is not installed."""
-        return installed(self.distribution)
-
-
-WEBDATASET = ShardWriterPeer(
+WEBDATASET = LibraryPeer(
     name="webdataset", distribution="webdataset", source="https://github.com/webdataset/webdataset"
 )
 
