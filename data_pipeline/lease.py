@@ -78,6 +78,8 @@ class LeaseBoard:
         self._monotonic = monotonic
         self._seen: tuple[int, bytes] | None = None
         self._seen_since = 0.0
+        self.saw_life = False
+        """Whether a heart-beat changed between two looks of this observer."""
 
     def try_acquire(self) -> Lease | None:
         """Claim the lease if it is free, given up, or silent for a whole time to live; else None.
@@ -96,6 +98,14 @@ class LeaseBoard:
         lease.beat()
         return lease
 
+    def holder(self) -> str:
+        """Name of whoever claimed the newest term; empty if nobody ever did."""
+        term = _newest_term(self._storage)
+        if term == 0:
+            return ""
+        path = f"{term:06d}.json"
+        return Claim.from_json(self._storage.read(path), f"{self._storage.url}/{path}").owner
+
     def _is_silent(self, term: int) -> bool:
         try:
             heartbeat = self._storage.read(f"hb/{term:06d}")
@@ -105,6 +115,7 @@ class LeaseBoard:
             return True
         now = self._monotonic()
         if self._seen != (term, heartbeat):
+            self.saw_life = self._seen is not None
             self._seen, self._seen_since = (term, heartbeat), now
         return now - self._seen_since >= self._ttl
 

@@ -15,6 +15,9 @@ _TEMPORARY: Final = ".tmp-"
 class LocalFiles:
     """Local files; what has a final name is complete and on disk."""
 
+    hedges: Final = 0
+    """A disk is never asked twice."""
+
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Read a file or the bytes [start, stop)."""
         with Path(path).open("rb") as file:

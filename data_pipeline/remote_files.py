@@ -22,6 +22,7 @@ import obstore.exceptions
 from fsspec.asyn import AsyncFileSystem, sync
 from obstore.fsspec import FsspecStore
 
+from data_pipeline.hedge import Hedge
 from data_pipeline.storage_backend import StorageBackend
 
 Fill = Callable[[BinaryIO], object]
@@ -47,6 +48,7 @@ class RemoteFiles:
 
     def __init__(self, protocol: str, backend: StorageBackend, request_timeout: float) -> None:
         self._timeout = request_timeout
+        self._hedge = Hedge()
         self._backend = backend if protocol in _S3 else StorageBackend.S3FS
         # fsspec's HTTP paths are whole URLs.
         self._prefix = f"{protocol}://" if protocol in ("http", "https") else ""
@@ -60,6 +62,11 @@ class RemoteFiles:
         self._fs = fsspec.filesystem(protocol, **options)
         if protocol in _S3:
             self._fs.retries = 1
+
+    @property
+    def hedges(self) -> int:
+        """How often a second answer was asked for because the first one took too long."""
+        return self._hedge.count
 
     @functools.cached_property
     def _reader(self) -> Any:
@@ -79,7 +86,7 @@ class RemoteFiles:
     async def _read_in_time(self, path: str, start: int | None, stop: int | None) -> Any:
         # A limit over the whole request: a client's own one starts anew with every byte that trickles in.
         async with asyncio.timeout(self._timeout):
-            return await self._reader._cat_file(path, start=start, end=stop)
+            return await self._hedge.ask(lambda: self._reader._cat_file(path, start=start, end=stop))
 
     def create(self, path: str, data: bytes) -> None:
         """Write a new object with a conditional put (HTTP `If-None-Match: *` on S3)."""

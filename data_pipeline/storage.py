@@ -44,6 +44,10 @@ _MISCONFIGURED: Final = (
 class Backend(Protocol):
     """What `Storage` asks of a place; paths are absolute within the backend."""
 
+    @property
+    def hedges(self) -> int:
+        """How often a read was asked for a second time while the first answer was out."""
+
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Read a file or the bytes [start, stop)."""
 
@@ -130,6 +134,11 @@ class Storage:
     def retries(self) -> int:
         """How often an operation of this storage, its parents or children was repeated after a fault."""
         return self._counter.retries
+
+    @property
+    def hedges(self) -> int:
+        """How often a read of this storage, its parents or children was asked for twice: see `hedge`."""
+        return self._backend.hedges
 
     @property
     def is_local(self) -> bool:

@@ -33,6 +33,8 @@ Mirror = Callable[[Int64Array], npt.NDArray[np.bool_]]
 NO_LABEL: Final = -1
 _CHUNK: Final = 16  # pictures decoded by one task
 _PIECE: Final = 4096  # positions planned at a time
+_LEAST_AHEAD: Final = 8 << 20
+"""Bytes that are read ahead even of a smaller data set."""
 _STATE: Final = "stream/1"
 
 
@@ -65,6 +67,7 @@ class StreamCounts(NamedTuple):
         requests: Successful reads of parts of shards, from the storage.
         bytes: What they brought.
         retries: Operations on the storage that failed and were repeated.
+        hedges: Reads asked for a second time because the first answer took far longer than usual.
         rereads: Members read again because their checksum was wrong.
         substitutions: Pictures delivered in place of damaged ones.
     """
@@ -72,6 +75,7 @@ class StreamCounts(NamedTuple):
     requests: int
     bytes: int
     retries: int
+    hedges: int
     rereads: int
     substitutions: int
 
@@ -129,7 +133,8 @@ class ImageStream:
         labels: Read class labels too.
         mirror: Which positions' pictures are flipped; None: none.
         prefetch_batches: Batches to prepare ahead.
-        prefetch_bytes: Most bytes of coded pictures to hold. Best is twice this rank's part of a window.
+        prefetch_bytes: Most bytes of coded pictures to hold; more than twice this rank's part of a window is
+            never read ahead.
         threads: Threads that decode; 0: `next()` itself does.
         requests: Reads from the storage at the same time.
         cache: Keeps blocks of shards on this machine's disk, for all its processes.
@@ -211,9 +216,20 @@ class ImageStream:
             requests=sum(read.requests for read in reads),
             bytes=sum(read.bytes for read in reads),
             retries=sum(source.loaded.storage.retries for source in self._sources),
+            hedges=sum(source.loaded.storage.hedges for source in self._sources),
             rereads=sum(read.rereads for read in reads),
             substitutions=self._substitutions.made if self._substitutions else 0,
         )
+
+    def _useful_bytes(self, source: _Source) -> int:
+        """Most bytes of a source that are worth reading ahead: twice this rank's part of its largest window.
+
+        Without this a small data set would be read for many epochs ahead.
+        """
+        sizes = sorted((entry.bytes for entry in source.loaded.shards(self._split)), reverse=True)
+        window = sum(sizes[: self._window_shards])
+        part = len(range(self._global_batch)[self._slice]) / self._global_batch
+        return max(int(2 * window * part), _LEAST_AHEAD)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what continues this stream, on any number of ranks: a cursor, and what it is a cursor of."""
@@ -308,6 +324,7 @@ class ImageStream:
             if self._slice.start == self._slice.stop:
                 continue  # more ranks than images: nothing will ever be wanted
             limit = self._prefetch_bytes * self._mixture.shares[number] // sum(self._mixture.shares)
+            limit = min(limit, self._useful_bytes(source))
             feed = Feed(
                 source.loaded, self._split, source.order, source.reader, number, self._substitutions, reads
             )

@@ -26,7 +26,7 @@ from benchmarks.data_stream.contenders import LITDATA, MOSAIC
 from benchmarks.data_stream.faults import FLIPS, Faults, measure_faults
 from benchmarks.data_stream.job import BATCH
 from benchmarks.data_stream.memory import Memory, measure_memory, memory_bars
-from benchmarks.data_stream.resume import Start, measure_resume, resume_bars
+from benchmarks.data_stream.resume import RESUME_BATCH, Start, measure_resume, resume_bars
 from benchmarks.data_stream.site import Site, site
 from benchmarks.data_stream.speed import PeerRecord, Speed, Trial, measure_speed
 from benchmarks.harness import Load
@@ -131,7 +131,7 @@ def _measure(options: Options, place: Site) -> DataStreamResult:
         memory = measure_memory(place)
     bars = [
         *speed.bars(),
-        *resume_bars(starts, BATCH * data.picture_bytes / data.pictures),
+        *resume_bars(starts, RESUME_BATCH * data.picture_bytes / data.pictures),
         *(faults.bars() if faults else []),
         *memory_bars(memory),
     ]

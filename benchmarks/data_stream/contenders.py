@@ -51,7 +51,7 @@ def stream(job: Job, position: int = 0) -> ImageStream:
     return ImageStream(
         storage,
         seed=SEED,
-        global_batch=BATCH,
+        global_batch=job.batch,
         position=position,
         threads=THREADS,
         prefetch_bytes=job.prefetch_bytes,

@@ -34,6 +34,7 @@ class Job(Record):
         request_timeout: Of our `Storage`.
         prefetch_bytes: Of our stream.
         window_shards: Of our stream.
+        batch: Pictures of a batch, where it is not every contender's `BATCH`.
     """
 
     contender: str
@@ -45,6 +46,7 @@ class Job(Record):
     request_timeout: float = 30.0
     prefetch_bytes: int = PREFETCH_BYTES
     window_shards: int = 16
+    batch: int = BATCH
 
     @property
     def batches(self) -> int:

@@ -1,10 +1,10 @@
 """One epoch from S3 into batches: ours, the decoder alone, and the peers, in turns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.data_build.running import Rate
 from benchmarks.data_stream.bars import beside_decoding_bar, speed_bars
@@ -33,6 +33,7 @@ _WORKERS: Final = {MOSAIC: 2, FOLDER: 2, LITDATA: 0}
 """LitData 0.2.76 delivers 200 pictures per second through two workers here, and 3900 without."""
 _TRIED_WORKERS: Final = (0, 1, 2)
 _TRIALS: Final = 2
+_PROCESSES: Final = 3
 
 
 class PeerRecord(Record):
@@ -109,10 +110,9 @@ def measure_speed(site: Site, repeats: int) -> Speed:
             processes |= _best_workers(site, name, stack, found.trials)
         for process in processes.values():
             _note_peer(process, found.peers)
-        found.checks.append(_check(processes, site.data.pictures))
+        found.checks.append(_check(site, processes))
         measures = [
-            partial(_epoch_anew, site, process.job) if name == MOSAIC else partial(_epoch, process)
-            for name, process in processes.items()
+            partial(_epoch, _asking(site, name, process), process.job) for name, process in processes.items()
         ]
         samples, load = take_turns(measures, repeats, own=tree_seconds)
     found.loads.append(load)
@@ -146,7 +146,7 @@ def _best_workers(
     tried = []
     for workers in _TRIED_WORKERS:
         with site.start(site.job(name, workers=workers)) as process:
-            wall, cpu = min(_epoch(process) for _ in range(_TRIALS))
+            wall, cpu = min(_epoch(process.ask, process.job) for _ in range(_TRIALS))
         print(f"{name} with {workers} workers: {wall:.3f} s, {cpu:.3f} CPU s")
         tried.append(Trial(contender=name, workers=workers, wall=wall, cpu=cpu))
     trials += tried
@@ -169,15 +169,17 @@ def _note_peer(process: ContenderProcess, peers: list[PeerRecord]) -> None:
         print(f"{record.name}: {peer.distribution} {version}, {record.workers} workers ({peer.source})")
 
 
-def _check(processes: Mapping[str, ContenderProcess], pictures: int) -> str:
+def _check(site: Site, processes: Mapping[str, ContenderProcess]) -> str:
     """Compare what everyone delivers: the SHA-256 of all pictures' pixels, each in its own order.
 
     Raises:
         ValueError: Not the same pictures.
     """
+    pictures = site.data.pictures
     expected = sorted(processes[DECODE_ONLY].ask("digests"))
     for name, process in processes.items():
-        if sorted(process.ask("digests")) != expected or len(expected) != pictures:
+        digests = _asking(site, name, process)("digests")
+        if sorted(digests) != expected or len(expected) != pictures:
             raise ValueError(f"{name} delivers other pictures than the decoder alone: nothing was timed")
     in_order = processes[OURS].ask("digests") == processes[DECODE_ONLY].ask("digests")
     if not in_order:
@@ -187,17 +189,29 @@ def _check(processes: Mapping[str, ContenderProcess], pictures: int) -> str:
     return line
 
 
-def _epoch_anew(site: Site, job: Job) -> tuple[float, float]:
-    """Time one epoch in a process of its own; its start is not timed.
+def _asking(site: Site, name: str, process: ContenderProcess) -> Callable[[str], Any]:
+    """Return whom to ask: the contender's process, or for MosaicML a new one each time."""
+    return partial(_ask_anew, site, process.job) if name == MOSAIC else process.ask
 
-    In a process that had read epochs before, a later `StreamingDataset` once gave bytes that were no picture.
+
+def _ask_anew(site: Site, job: Job, do: str) -> Any:
+    """Ask a process of its own, and another one if that fails: for a peer that at times reads no picture.
+
+    Raises:
+        ChildProcessError: All of them failed.
     """
+    for _ in range(_PROCESSES - 1):
+        try:
+            with site.start(job) as process:
+                return process.ask(do)
+        except ChildProcessError as error:
+            print(f"{job.contender} failed and is tried again: {error}")
     with site.start(job) as process:
-        return _epoch(process)
+        return process.ask(do)
 
 
-def _epoch(process: ContenderProcess) -> tuple[float, float]:
+def _epoch(ask: Callable[[str], Any], job: Job) -> tuple[float, float]:
     """Time one epoch."""
-    answer = process.ask("epoch")
-    assert answer["pictures"] >= process.job.pictures, "an epoch has all pictures"
+    answer = ask("epoch")
+    assert answer["pictures"] >= job.pictures, "an epoch has all pictures"
     return answer["wall"], answer["cpu"]

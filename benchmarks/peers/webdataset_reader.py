@@ -42,7 +42,7 @@ def skip_to(job: Job, position: int) -> int:
 
     It has nothing else to resume with.
     """
-    return len(list(itertools.islice(_samples(job), position, position + BATCH)))
+    return len(list(itertools.islice(_samples(job), position, position + job.batch)))
 
 
 def _samples(job: Job) -> Any:

@@ -166,10 +166,10 @@ def test_all_bars_of_speed_and_missing_peers() -> None:
 
 def test_bars_of_starts() -> None:
     starts = [
-        Start(contender=OURS, fraction=fraction, requests=9, bytes=bytes_)
+        Start(contender=OURS, fraction=fraction, requests=9, bytes=bytes_, each=[bytes_])
         for fraction, bytes_ in ((0.1, 1000), (0.5, 1040), (0.9, 1020))
     ]
-    starts.append(Start(contender=STOCK, fraction=0.9, requests=3, bytes=102_000))
+    starts.append(Start(contender=STOCK, fraction=0.9, requests=3, bytes=102_000, each=[102_000]))
     bars = resume_bars(starts, batch_bytes=1 << 20)
     assert [bar.line().split()[1:] for bar in bars] == [
         ["stream-resume-spread-at-most", "1.040", "1.05", "ok"],
