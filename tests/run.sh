@@ -8,4 +8,4 @@ export PATH=$PWD/.venv/bin:$PATH
 ruff check .
 mypy
 lint-imports
-exec python -m pytest -m "not slow" -n 2 --dist loadfile "$@"
+exec python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile "$@"

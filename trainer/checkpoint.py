@@ -15,13 +15,14 @@ from torch import Tensor
 
 from data_pipeline.documents import sha256_hex
 from data_pipeline.errors import StorageFault, UserError
-from trainer.manifest import FileEntry, Manifest
+from data_pipeline.storage import Storage
+from trainer.manifest import FileEntry, FileRecord, Manifest
 from trainer.run import Run
 
 log = logging.getLogger(__name__)
 
 _READS: Final = 2
-"""Independent reads before a part counts as damaged: one transfer may go wrong."""
+"""Independent reads before a file counts as damaged: one transfer may go wrong."""
 WEIGHTS_FILE: Final = "weights.safetensors"
 TIMESTEPS_FILE: Final = "state/timesteps.safetensors"
 """The part that holds the distribution of loss-aware timesteps."""
@@ -120,22 +121,29 @@ def read_part(run: Run, manifest: Manifest, entry: FileEntry) -> dict[str, Tenso
     Raises:
         DamagedCheckpointError: The part is missing or differs from what was published.
     """
-    return safetensors.torch.load(_read_verified(run, manifest, entry))
+    return safetensors.torch.load(read_verified(_folder(run, manifest), entry))
 
 
-def _read_verified(run: Run, manifest: Manifest, entry: FileEntry) -> bytes:
-    path = f"checkpoints/{manifest.name}/{entry.path}"
+def read_verified(folder: Storage, record: FileRecord) -> bytes:
+    """Read a file, verified by size and SHA-256.
+
+    Raises:
+        DamagedCheckpointError: It is missing or differs from what was published.
+    """
+    where = f"{folder.url}/{record.path}"
     for _ in range(_READS):
         try:
-            data = run.storage.read(path)
+            data = folder.read(record.path)
         except FileNotFoundError as error:
-            raise DamagedCheckpointError(f"{run.url}/{path}: the part is missing") from error
-        if len(data) == entry.bytes and sha256_hex(data) == entry.sha256:
+            raise DamagedCheckpointError(f"{where}: the file is missing") from error
+        if len(data) == record.bytes and sha256_hex(data) == record.sha256:
             return data
-        log.warning("%s/%s: size or SHA-256 differs from the manifest's", run.url, path)
-    raise DamagedCheckpointError(
-        f"{run.url}/{path}: size or SHA-256 differs from the manifest's; the file is damaged"
-    )
+        log.warning("%s: size or SHA-256 differs from the manifest's", where)
+    raise DamagedCheckpointError(f"{where}: size or SHA-256 differs from the manifest's; the file is damaged")
+
+
+def _folder(run: Run, manifest: Manifest) -> Storage:
+    return run.storage.child("checkpoints", manifest.name)
 
 
 def verify(run: Run, manifest: Manifest) -> None:
@@ -145,7 +153,7 @@ def verify(run: Run, manifest: Manifest) -> None:
         DamagedCheckpointError: Naming the first part that fails.
     """
     for entry in manifest.files:
-        _read_verified(run, manifest, entry)
+        read_verified(_folder(run, manifest), entry)
 
 
 def newest_verified(run: Run) -> Manifest | None:

@@ -7,7 +7,8 @@ Intervals are half-open: a quantity for the update from `images` to `images + B`
 
 import math
 
-from trainer.recipe_sections import EmaProfile, EpsilonForm, OptimizerSection
+from trainer.power_ema import power_decay
+from trainer.recipe_sections import EmaProfile, EmaWarmup, EpsilonForm, OptimizerSection
 
 
 def learning_rate(section: OptimizerSection, images: int) -> float:
@@ -36,13 +37,21 @@ def ema_decay(profile: EmaProfile, images: int, batch: int) -> float:
 
     `decay` per `per_images` becomes `decay^(batch / per_images)`; a half-life h becomes
     `0.5^(batch / h)`. With `half_life_share` s the half-life is at most s times the images seen after the
-    update. The very first update copies the weights (decay 0), as the paper's code does.
+    update; with `warmup: tensorflow` the decay per `per_images` is at most `(1 + n) / (10 + n)`, n being
+    `images / per_images`. `std` is the power function's, `(images / (images + batch))^(exponent + 1)`. The
+    very first update copies the weights (decay 0), as the paper's code does.
     """
     if images == 0:
         return 0.0
+    if profile.std is not None:
+        return power_decay(profile.std, images, batch)
     if profile.decay is not None:
         assert profile.per_images is not None
-        flat = profile.decay ** (batch / profile.per_images)
+        base = profile.decay
+        if profile.warmup is EmaWarmup.TENSORFLOW:
+            updates = images / profile.per_images
+            base = min(base, (1 + updates) / (10 + updates))
+        flat = base ** (batch / profile.per_images)
     else:
         assert profile.half_life_images is not None
         flat = 0.5 ** (batch / profile.half_life_images)

@@ -22,6 +22,23 @@ RecipeName = Annotated[
 ]
 
 
+Allowed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="KEY",
+        help="Go on with a run although this key of the recipe (or section) has changed; may be repeated.",
+    ),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="steps=A:B",
+        help="Profile the attempt's steps A to B-1: one Chrome trace a rank in RUN/profile.",
+    ),
+]
+
+
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -39,6 +56,8 @@ def train(
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="How often crashed ranks are started again.")
     ] = 2,
+    allow: Allowed = None,
+    profile: Profile = None,
 ) -> None:
     """Train RECIPE on this node; the same command resumes an existing run.
 
@@ -49,14 +68,18 @@ def train(
 
     logging.basicConfig(level=logging.INFO, format="[supervisor] %(message)s", stream=sys.stderr)
     placement = Placement(ranks, num_nodes, node_rank, master_addr, master_port)
-    raise typer.Exit(supervise(recipe, overrides or [], placement, restarts))
+    raise typer.Exit(
+        supervise(recipe, overrides or [], placement, restarts, allowed=allow or [], profile=profile)
+    )
 
 
-def worker(recipe: RecipeName, overrides: Overrides = None) -> None:
+def worker(
+    recipe: RecipeName, overrides: Overrides = None, allow: Allowed = None, profile: Profile = None
+) -> None:
     """Train as one rank of a job that a launcher has started (it sets RANK, WORLD_SIZE, LOCAL_RANK)."""
     from trainer.worker import main
 
-    raise typer.Exit(main(recipe, overrides or []))
+    raise typer.Exit(main(recipe, overrides or [], allow or [], profile))
 
 
 def report_errors(program: Callable[[], None]) -> None:

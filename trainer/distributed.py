@@ -117,7 +117,14 @@ class Ranks:
         return result  # type: ignore[no-any-return]
 
     def gather_to_main(self, flat: Tensor) -> list[Tensor]:
-        """Return all ranks' equally long 1-D tensors on rank 0 (CPU copies, by rank); empty elsewhere."""
-        parts = [torch.empty_like(flat) for _ in range(self.world)] if self.is_main else None
-        dist.gather(flat, parts, dst=0)
-        return [part.cpu() for part in parts] if parts is not None else []
+        """Return all ranks' 1-D tensors on rank 0 (CPU copies, by rank); empty elsewhere.
+
+        They may differ in length, but not in precision.
+        """
+        lengths = self.gather(len(flat))
+        padded = torch.zeros(max(lengths), dtype=flat.dtype, device=flat.device)
+        padded[: len(flat)] = flat.detach()
+        parts = [torch.empty_like(padded) for _ in lengths] if self.is_main else None
+        # What was offloaded lies on the CPU, where NCCL cannot reach it.
+        dist.gather(padded, parts, dst=0, group=self._control if flat.device.type == "cpu" else None)
+        return [part[:length].cpu() for part, length in zip(parts or [], lengths, strict=False)]

@@ -1,25 +1,33 @@
 """From a recipe to a DeepSpeed engine; the only module that imports DeepSpeed at run time.
 
-DeepSpeed partitions the optimizer (ZeRO 1), reduces gradients in float32 and clips them. Everything
-else stays ours: autocast around the network, the learning rate from the image clock, the state, which is
-read and written through DeepSpeed's tensor fragments and never by `engine.save_checkpoint`.
+DeepSpeed partitions the state (ZeRO 0 to 3), reduces gradients in float32 and clips them. Everything else
+stays ours: autocast around the network, the learning rate from the image clock, the decision whether an
+update is applied, and the state, which is read and written through views and never by DeepSpeed's
+`save_checkpoint`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
+import pydantic
 import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint import Slice
-from trainer.distributed import Environment
+from data_pipeline.documents import describe_first
+from data_pipeline.errors import UserError
+from trainer import partition
+from trainer.deepspeed_config import build_config
+from trainer.distributed import Environment, Ranks
 from trainer.recipe import Recipe
 from trainer.recipe_sections import OptimizerSection, Precision
+from trainer.unet import UNet, compile_blocks
 
-_ADAM_ROLES = ("exp_avg", "exp_avg_sq")
+Allow = Callable[[float], bool]
+"""Tells, by the global norm of the averaged gradient before clipping, whether an update shall be applied."""
 
 
 def init_process_group(environment: Environment, timeout_seconds: float) -> None:
@@ -39,63 +47,103 @@ class StepOutcome:
     """What one optimizer step did.
 
     Attributes:
-        applied: False if DeepSpeed dropped the update because a gradient was not finite.
-        grad_norm: Global norm of the averaged gradient before clipping; not finite if not applied.
+        applied: False if the update was dropped: a gradient was not finite, or `Allow` said no.
+        grad_norm: Global norm of the averaged gradient before clipping; infinite if it was not finite.
     """
 
     applied: bool
     grad_norm: float
 
 
+class AskingAdam(torch.optim.Adam):
+    """Adam that asks before the first of an update's steps whether to take them.
+
+    DeepSpeed reduces, measures and clips gradients and then calls `step`, once or once for each part of the
+    state: the only moment at which an update can be dropped with the gradient's norm known.
+    """
+
+    may_step: Callable[[], bool]
+    """Asked once for each update; to be set before it."""
+    stepped: bool | None = None
+    """The answer; None until it is asked for."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step unless the update is to be dropped."""
+        if self.stepped is None:
+            self.stepped = self.may_step()
+        return super().step(closure) if self.stepped else None
+
+
 class Engine:
-    """The network under DeepSpeed, with its state visible as flat slices.
+    """The network under DeepSpeed, with its state visible as flat pieces.
 
     Args:
         recipe: The run's recipe.
-        model: The network, float32, same weights on every rank.
-        device: Where it trains.
+        model: The network, float32, with the same weights on every rank.
+        ranks: The processes of the job.
         micro_steps: Forward and backward passes per optimizer update on this rank.
+
+    Raises:
+        UserError: DeepSpeed refuses a value of `deepspeed.config`.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, device: torch.device, micro_steps: int) -> None:
-        self._micro_steps = micro_steps
-        self._autocast = recipe.precision is Precision.BF16
-        self._device = device
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        model = model.to(device)
-        optimizer = _adam(recipe.optimizer, model)
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(recipe, micro_steps),
-            dist_init_required=False,
-        )
-        self._adam = optimizer
-        self._prime_adam()
+    def __init__(self, recipe: Recipe, model: UNet, ranks: Ranks, micro_steps: int) -> None:
+        self._precision, self._stage = recipe.precision, recipe.deepspeed.zero_stage
+        self._clip_norm = recipe.optimizer.clip_norm
+        self._device, self._micro_steps, self._world = ranks.device, micro_steps, ranks.world
+        _set_kernels(recipe, self._device)
+        if self._precision is Precision.FP64:
+            model.double()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        size = sum(parameter.numel() for parameter in model.parameters())
+        model = model.to(self._device)
+        if recipe.train.compiles(self._device, self._stage):
+            compile_blocks(model)
+        self._adam = _adam(recipe.optimizer, model)
+        config = build_config(recipe, micro_steps, size, on_gpu=self._device.type == "cuda")
+        try:
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=model, optimizer=self._adam, config=config, dist_init_required=False
+            )
+        except pydantic.ValidationError as error:
+            raise UserError(
+                f"deepspeed.config: {describe_first(error)}; see DeepSpeed's documentation"
+            ) from error
+        # DeepSpeed reduces no float64.
+        self._engine.enable_backward_allreduce = self._precision is not Precision.FP64
+        self.partition = self._divide(names, ranks)
 
     @property
     def module(self) -> nn.Module:
-        """The network itself, with its full float32 parameters."""
+        """The network itself."""
         return self._engine.module  # type: ignore[no-any-return]
 
     @property
-    def masters(self) -> list[Tensor]:
-        """This rank's flat float32 master partitions (padded at the end), one per parameter group."""
-        return list(self._zero.single_partition_of_fp32_groups)
+    def holds_weights(self) -> bool:
+        """Whether `module`'s parameters are the whole float32 weights on every rank."""
+        return self._stage < 3 and not self._precision.is_loss_scaled
+
+    @property
+    def loss_scale(self) -> dict[str, float] | None:
+        """The state of fp16's loss scaling; None in other precisions."""
+        if not self._precision.is_loss_scaled:
+            return None
+        return {key: float(getattr(self._zero.loss_scaler, key)) for key in _LOSS_SCALE_STATE}
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Run the network under the recipe's autocast.
 
         Args:
-            x_t: float32 [B, C, H, W].
+            x_t: float32 [B, C, H, W]; float64 in that precision.
             t: int64 [B].
 
         Returns:
-            The prediction as float32 [B, C_out, H, W].
+            The prediction [B, C_out, H, W], as precise as `x_t`.
         """
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+        dtype = self._precision.autocast
+        with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
             output: Tensor = self._engine(x_t, t)
-        return output.float()
+        return output.to(x_t.dtype)
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro-step's gradient.
@@ -104,101 +152,86 @@ class Engine:
             loss: This rank's share of the batch's mean loss; the shares of all ranks and micro-steps add up.
         """
         # DeepSpeed averages over micro-steps and ranks; the shares shall be summed.
-        self._engine.backward(loss * (self._micro_steps * torch.distributed.get_world_size()))
+        self._engine.backward(loss * (self._micro_steps * self._world))
 
     def micro_step_done(self) -> None:
         """Close a micro-step that is not the last one of the update."""
         self._engine.step()
 
-    def update(self, learning_rate: float, epsilon: float) -> StepOutcome:
-        """Close the last micro-step: reduce, clip and apply Adam with this learning rate and epsilon."""
+    def update(self, learning_rate: float, epsilon: float, allow: Allow) -> StepOutcome:
+        """Close the last micro-step: reduce, clip and, if allowed, apply Adam with these numbers.
+
+        Every rank must allow the same. `allow` is not asked where a gradient is not finite.
+        """
         for group in self._adam.param_groups:
             group["lr"], group["eps"] = learning_rate, epsilon
+        norms: list[float] = []
+
+        def may_step() -> bool:
+            norms.append(self._grad_norm())
+            return math.isfinite(norms[0]) and allow(norms[0])
+
+        if self._precision is Precision.FP64:
+            self._average_gradients()
+        self._adam.may_step, self._adam.stepped = may_step, None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return StepOutcome(
-            applied=not self._zero.overflow, grad_norm=float("nan") if norm is None else float(norm)
-        )
+        # DeepSpeed takes no step at all where it finds a gradient that is not finite.
+        norm = norms[0] if norms and math.isfinite(norms[0]) else math.inf
+        return StepOutcome(applied=self._adam.stepped is True, grad_norm=norm)
 
-    def slices(self, averages: dict[str, list[Tensor]]) -> list[Slice]:
-        """Return this rank's state as slices of parameters.
+    def resume(self, updates: int, loss_scale: dict[str, float] | None) -> None:
+        """Take over loaded state: Adam's count of updates and fp16's loss scaling.
 
-        Args:
-            averages: By EMA profile, tensors laid out as `masters`.
-
-        Returns:
-            Slices whose tensors are views of the live state.
+        The weights were loaded into the model before, moments and masters into `partition`.
         """
-        found = []
-        for parameter, index, offset in self._fragments():
-            fragment = parameter._hp_mapping  # type: ignore[attr-defined]
-            start, count = fragment.lp_fragment_address.start, fragment.lp_fragment_address.numel
-            tensors = {"master": fragment.hp_fragment.detach()}
-            tensors |= {role: fragment.get_optim_state_fragment(role) for role in _ADAM_ROLES}
-            for name, flats in averages.items():
-                tensors[f"ema.{name}"] = flats[index][offset : offset + count]
-            found.append(Slice(self._names[id(parameter)], start, start + count, tensors))
-        return found
-
-    def layout(self) -> list[tuple[str, int, int, int, int]]:
-        """Return (parameter, start, stop, index of the flat, offset in the flat) of this rank's slices."""
-        pieces = []
-        for parameter, index, offset in self._fragments():
-            address = parameter._hp_mapping.lp_fragment_address  # type: ignore[attr-defined]
-            stop = address.start + address.numel
-            pieces.append((self._names[id(parameter)], address.start, stop, index, offset))
-        return pieces
-
-    def resume(self, weights: dict[str, Tensor], updates: int) -> None:
-        """Take over loaded state: whole parameters, and Adam's count of updates.
-
-        The slices' tensors (masters, moments) must have been filled already.
-        """
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(weights[name])
         for state in self._adam.state.values():
             state["step"].fill_(updates)
+        if loss_scale is not None and self._precision.is_loss_scaled:
+            for key, value in loss_scale.items():
+                scaler = self._zero.loss_scaler
+                setattr(scaler, key, type(getattr(scaler, key))(value))
 
     def close(self) -> None:
         """Release DeepSpeed's resources."""
         self._engine.destroy()
 
-    def _prime_adam(self) -> None:
-        """Create Adam's state before its first step, so that it can be loaded into, and link it."""
-        for master in self.masters:
-            self._adam.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{role: torch.zeros_like(master) for role in _ADAM_ROLES},
-            }
-        self._zero._lazy_init_hp_params_optimizer_state()
+    def _divide(self, names: dict[int, str], ranks: Ranks) -> partition.Partition:
+        match self._stage:
+            case 0:
+                return partition.of_whole_model(self.module, self._adam, ranks.rank, ranks.world)
+            case 3:
+                return partition.of_zero_3(self._zero, names, self._adam, ranks.rank)
+        return partition.of_zero_1_or_2(self._zero, names, self._adam)
 
-    def _fragments(self) -> list[tuple[nn.Parameter, int, int]]:
-        """Parameters this rank owns a part of, with their flat's index and their offset in it."""
-        groups: Sequence[Sequence[nn.Parameter]] = self._zero.bit16_groups
-        return [
-            (parameter, index, parameter._hp_mapping.hp_fragment_address.start)  # type: ignore[attr-defined]
-            for index, group in enumerate(groups)
-            for parameter in group
-            if parameter._hp_mapping is not None  # type: ignore[attr-defined]
-        ]
+    def _average_gradients(self) -> None:
+        """What DeepSpeed does in all other precisions."""
+        for parameter in self.module.parameters():
+            assert parameter.grad is not None, "every parameter takes part in every step"
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= self._world
+
+    def _grad_norm(self) -> float:
+        """Global norm before clipping. At stage 0 this is where gradients are clipped."""
+        if self._stage == 0:
+            return float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm))
+        return float(self._zero._global_grad_norm)
 
 
-def _adam(section: OptimizerSection, model: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(
+_LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _adam(section: OptimizerSection, model: nn.Module) -> AskingAdam:
+    return AskingAdam(
         model.parameters(), lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True
     )
 
 
-def _deepspeed_config(recipe: Recipe, micro_steps: int) -> dict[str, Any]:
-    # The batch sizes only feed DeepSpeed's own bookkeeping: the true shares of ranks may differ by one
-    # image, and `Engine.backward` weighs them exactly.
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": recipe.optimizer.clip_norm,
-        "zero_optimization": {"stage": recipe.deepspeed.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-    }
+def _set_kernels(recipe: Recipe, device: torch.device) -> None:
+    """State which kernels may be chosen on a GPU: torch keeps these choices for the whole process."""
+    if device.type != "cuda":
+        return
+    tf32 = recipe.precision is Precision.TF32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32  # torch's own default is True
+    torch.backends.cudnn.benchmark = not recipe.train.deterministic
+    torch.use_deterministic_algorithms(recipe.train.deterministic)

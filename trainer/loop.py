@@ -7,15 +7,14 @@ sample n brings its own timestep, noise and flip, whichever rank meets it.
 import logging
 import math
 import socket
-import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.device import DeviceBatch, DeviceStream
-from data_pipeline.errors import UserError
 from data_pipeline.order import rank_slice
 from data_pipeline.progress import Progress
 from data_pipeline.stream import StreamCounts
@@ -26,64 +25,44 @@ from trainer.diffusion.losses import training_losses
 from trainer.distributed import Ranks
 from trainer.ema import PartitionedEma
 from trainer.engine import Engine
-from trainer.guards import SkipBudget
-from trainer.manifest import ANY_DATA, Attempt, AttemptEnd, FileEntry, Manifest, Topology
-from trainer.preflight import check_inputs
+from trainer.flops import training_flops_per_image
+from trainer.guards import DivergedError, RollBackError
+from trainer.log_window import LogWindow
+from trainer.manifest import AttemptEnd, FileEntry, Manifest, Topology
+from trainer.peak_flops import device_peak_flops
+from trainer.profiler import StepProfiler
 from trainer.randomness import Purpose, bits, normal
 from trainer.recipe import Recipe
+from trainer.recipe_sections import Precision
 from trainer.retention import Retention
 from trainer.run import Run
+from trainer.saving import CheckpointWriter
+from trainer.session import Session, open_session, roll_back
+from trainer.snapshots import power_profiles, snapshot_is_due, write_snapshot
 from trainer.stop import StopReason, StopRequest
 from trainer.telemetry import MetricsLog
 from trainer.timestep_source import TimestepSource
 from trainer.unet import UNet
-from trainer.weights import assemble
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainState:
-    """Where the run is; saved in every manifest."""
-
-    images: int = 0
-    position: int = 0
-    updates: int = 0
-    budget: SkipBudget = field(default_factory=SkipBudget)
-
-
 @dataclass(frozen=True)
-class Session:
-    """What one attempt starts from."""
+class Options:
+    """What concerns one start of training and no recipe.
 
-    attempt: Attempt
-    parent: Manifest | None
-
-
-def open_session(recipe: Recipe, run: Run, world: int) -> Session:
-    """Check storage, data and recipe, find the newest verified checkpoint and claim the next attempt.
-
-    Run by rank 0 alone.
-
-    Raises:
-        UserError: Data or run directory cannot be used, or the run was started with something else.
+    Attributes:
+        allowed: Keys of the recipe that may differ from those of the run so far.
+        profile: Steps of the attempt to profile; None for none.
     """
-    index_sha = check_inputs(recipe, run, world)
-    run.storage.prove_create_only()
-    run.adopt_recipe(recipe)
-    parent = checkpoints.newest_verified(run)
-    if parent is not None and parent.index_sha not in (ANY_DATA, index_sha):
-        raise UserError(
-            f"data.url={recipe.data.url}: the run {run.url} was trained on another index "
-            f"({parent.index_sha[:12]}, this one is {index_sha[:12]}); give the same shards or another run"
-        )
-    claim = run.claim_attempt(parent.name if parent else None, socket.gethostname(), recipe, index_sha)
-    start = f"checkpoint {parent.name}" if parent else "random weights"
-    log.info("attempt %d of run %s starts from %s", claim.attempt, run.url, start)
-    return Session(claim, parent)
+
+    allowed: tuple[str, ...] = ()
+    profile: range | None = None
 
 
-def train(recipe: Recipe, run: Run, ranks: Ranks, stop: StopRequest) -> StopReason:
+def train(
+    recipe: Recipe, run: Run, ranks: Ranks, stop: StopRequest, options: Options = Options()
+) -> StopReason:
     """Train until the recipe's images are seen or a stop is asked for; resume if the run exists.
 
     Returns:
@@ -91,101 +70,154 @@ def train(recipe: Recipe, run: Run, ranks: Ranks, stop: StopRequest) -> StopReas
 
     Raises:
         UserError: Data, recipe or run directory cannot be used.
-        DivergedError: Gradients stay non-finite.
+        DivergedError: Too many updates were dropped, and going back did not help.
         StorageFault: The store failed for longer than the retries last.
     """
-    session = ranks.on_main(lambda: open_session(recipe, run, ranks.world))
-    trainer = Trainer(recipe, run, ranks, session)
+    session = ranks.on_main(lambda: open_session(recipe, run, ranks.world, options.allowed))
     stop.start_budget(recipe.train.max_minutes)
+    while True:
+        ended = _attempt(recipe, run, ranks, session, stop, options)
+        if isinstance(ended, StopReason):
+            return ended
+        session = ranks.on_main(lambda: _roll_back(recipe, run, session, ended))  # noqa: B023 (called at once)
+
+
+def _attempt(
+    recipe: Recipe, run: Run, ranks: Ranks, session: Session, stop: StopRequest, options: Options
+) -> StopReason | RollBackError:
+    """Train one attempt; return why it ended. Whatever it held is released."""
+    trainer = Trainer(recipe, run, ranks, session, options)
     try:
         return trainer.run_until(stop)
+    except RollBackError as trouble:
+        # What led here stays readable, though it is no part of the run's lineage any more.
+        ranks.on_main(lambda: trainer.metrics.publish(trainer.state.images))
+        return trouble.with_traceback(None)
     finally:
         trainer.close()
+
+
+def _roll_back(recipe: Recipe, run: Run, session: Session, trouble: RollBackError) -> Session:
+    try:
+        return roll_back(recipe, run, session, trouble)
+    except DivergedError:
+        parent = session.parent
+        run.end_attempt(
+            AttemptEnd(
+                attempt=session.attempt.attempt,
+                outcome="failed",
+                images=parent.images if parent else 0,
+                checkpoint=parent.name if parent else None,
+            )
+        )
+        raise
 
 
 class Trainer:
     """One rank's part of one attempt."""
 
-    def __init__(self, recipe: Recipe, run: Run, ranks: Ranks, session: Session) -> None:
+    def __init__(
+        self, recipe: Recipe, run: Run, ranks: Ranks, session: Session, options: Options = Options()
+    ) -> None:
         self.recipe, self.run, self.ranks, self.session = recipe, run, ranks, session
         self.device = ranks.device
         self.diffusion, self.loss = recipe.build_diffusion(), recipe.loss.config()
         self.micro_steps = micro_steps(recipe, ranks.world)
-        # The generator makes the initial weights equal on every rank.
-        model = UNet(recipe.unet_config(), torch.Generator().manual_seed(recipe.seed))
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.engine = Engine(recipe, model, self.device, self.micro_steps)
-        self.ema = PartitionedEma(recipe.ema, self.engine.masters)
-        self.timesteps = TimestepSource(recipe, self.device)
-        self.state = self._load(session.parent)
+        self.dtype = torch.float64 if recipe.precision is Precision.FP64 else torch.float32
         self.published = session.parent
+        model = self._network(session.parent)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.engine = Engine(recipe, model, ranks, self.micro_steps)
+        self.ema = PartitionedEma(recipe.ema, self.engine.partition.masters)
+        self.timesteps = TimestepSource(recipe, self.device)
+        self.state = session.state(recipe)
+        self._load(session.parent)
         self.stream = open_stream(recipe, run, ranks.rank, ranks.world, self.state.position)
-        self.window = LogWindow(self.device, self.diffusion.num_timesteps)
+        self.window = LogWindow(
+            self.device,
+            self.diffusion.num_timesteps,
+            flops_per_image=training_flops_per_image(recipe.unet_config()),
+            peak_flops=device_peak_flops(self.device, recipe.precision),
+            hosts=ranks.gather(socket.gethostname()),
+        )
+        self.profiler = StepProfiler(run, session.attempt.attempt, ranks.rank, options.profile)
+        self.writer = CheckpointWriter(run, ranks, self.engine, shapes)
         self.retention = Retention(run, recipe.checkpoint.keep)
         self.metrics = MetricsLog(
             run, session.attempt.attempt, self.state.images, tensorboard=recipe.logging.tensorboard
         )
 
     def run_until(self, stop: StopRequest) -> StopReason:
-        """Train to the end or to the first step boundary at which any rank wants to stop."""
+        """Train to the end or to the first step boundary at which any rank wants to stop.
+
+        Raises:
+            RollBackError: Too many updates were dropped.
+        """
         recipe, state = self.recipe, self.state
         reason = StopReason.NONE
         silent = not self.ranks.is_main
-        with Progress("train", recipe.train.images, "img", start=state.images, silent=silent) as progress:
+        progress = Progress("train", recipe.train.images, "img", start=state.images, silent=silent)
+        with progress, self.profiler as profiler:
             batches = iter(DeviceStream(self.stream, self.device))
-            while state.images < recipe.train.images:
-                reason = StopReason(self.ranks.maximum(stop.reason()))
-                if reason is not StopReason.NONE:
-                    break
+            while state.images < recipe.train.images and reason is StopReason.NONE:
                 before = state.images
-                self.step(next(batches))
+                with profiler.span("wait for data"):
+                    batch = next(batches)
+                reason = self.step(batch, stop.reason())
                 if is_due(recipe.logging.every_images, before, state.images):
                     self.log_metrics(progress)
                 if is_due(recipe.checkpoint.every_images, before, state.images):
-                    self.save()
+                    self.save(snapshot=snapshot_is_due(recipe, before, state.images))
+                elif snapshot_is_due(recipe, before, state.images):
+                    self.keep_snapshot()
+                profiler.step()
         if self.published is None or self.published.images != state.images:
-            self.save()
+            self.save(snapshot=True)
         self._end("requeue" if reason is StopReason.REQUESTED else "finished")
         return reason
 
-    def step(self, batch: DeviceBatch) -> None:
-        """One optimizer update over the global batch: Algorithm 1, lines 2 to 5."""
+    def step(self, batch: DeviceBatch, wish: StopReason = StopReason.NONE) -> StopReason:
+        """One optimizer update over the global batch: Algorithm 1, lines 2 to 5.
+
+        Args:
+            batch: This rank's part of it.
+            wish: Whether this rank wants to stop after it.
+
+        Returns:
+            The weightiest of all ranks' wishes.
+
+        Raises:
+            RollBackError: One update too many was dropped.
+        """
         recipe, state = self.recipe, self.state
-        positions, pictures = batch.positions, batch.images
-        if recipe.model.dropout > 0:
-            images = torch.tensor([state.images])
-            seed = bits(recipe.seed, Purpose.DROPOUT, images, words=2, draw=self.ranks.rank)[0].tolist()
-            torch.manual_seed(seed[0] | seed[1] << 32)
-        seen = []
-        for number, chunk in enumerate(np.array_split(np.arange(len(positions)), self.micro_steps), start=1):
-            # A rank with fewer images than micro-steps joins the collective with a picture of weight zero.
-            select = slice(0, 1) if len(chunk) == 0 else slice(int(chunk[0]), int(chunk[-1]) + 1)
-            losses, t, weights = self.losses(pictures[select], positions[select])
-            if len(chunk) == 0:
-                weights = torch.zeros_like(weights)
-            self.engine.backward((weights * losses).sum() / recipe.batch.total)
-            if len(chunk) > 0:
-                seen.append((losses.detach(), t, weights))
-            if number < self.micro_steps:
-                self.engine.micro_step_done()
-        outcome = self.engine.update(
-            learning_rate(recipe.optimizer, state.images), adam_epsilon(recipe.optimizer, state.updates)
-        )
+        self._seed_dropout()
+        seen = self._forward_and_backward(batch)
+        loss, reason = self._agree(seen, wish)
+        objections: list[str] = []
+
+        def allow(norm: float) -> bool:
+            objections.extend(filter(None, [state.guard.objection(loss, norm)]))
+            return not objections
+
+        rate = learning_rate(recipe.optimizer, state.images)
+        with self.profiler.span("reduce, clip, update"):
+            outcome = self.engine.update(rate, adam_epsilon(recipe.optimizer, state.updates), allow)
         start = state.position
         state.position += recipe.batch.total
         if not outcome.applied:
-            log.warning("update at position %d dropped: gradients are not finite", start)
-            state.budget.dropped(start, state.position)
-            return
-        state.budget.applied()
-        self.window.grad_norm = outcome.grad_norm
-        for step_losses, step_t, weights in seen:
-            self.window.add(step_losses, step_t, weights)
-            self.timesteps.observe(step_t, step_losses)
-        self.ema.update(state.images, recipe.batch.total)
+            self._drop(start, loss, objections)
+            return reason
+        state.guard.applied(loss, outcome.grad_norm)
+        self.window.note_update(outcome.grad_norm)
+        for losses, t, weights in seen:
+            self.window.add(losses, t, weights)
+            self.timesteps.observe(t, losses)
+        with self.profiler.span("average"):
+            self.ema.update(state.images, recipe.batch.total)
         self.timesteps.after_update(state.images, state.images + recipe.batch.total, self.ranks)
         state.images += recipe.batch.total
         state.updates += 1
+        return reason
 
     def losses(self, pictures: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The recipe's loss of each sample, by default L_simple (eq. 14).
@@ -199,9 +231,9 @@ class Trainer:
         """
         recipe = self.recipe
         # Scaling: paper, section 3.3.
-        x0 = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        x0 = pictures.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0
         t, weights = self.timesteps.draw(n)
-        noise = normal(recipe.seed, Purpose.NOISE, n, tuple(x0.shape[1:]))
+        noise = normal(recipe.seed, Purpose.NOISE, n, tuple(x0.shape[1:])).to(self.dtype)
         x_t = self.diffusion.q_sample(x0, t, noise)
         output = self.engine.forward(x_t, t)
         losses = training_losses(self.diffusion, output, x0, x_t, t, noise, self.loss)
@@ -209,11 +241,11 @@ class Trainer:
 
     def log_metrics(self, progress: Progress) -> None:
         """Reduce the window's metrics over the ranks and write one row."""
-        totals = self.ranks.total(self.window.totals(self.stream.wait_seconds))
-        row = self.window.row(totals, self.ranks.world)
+        masters, averages = self.engine.partition.masters, self.ema.flats
+        row = self.window.row(self.ranks, self.stream.wait_seconds, masters, averages)
         row["learning_rate"] = learning_rate(self.recipe.optimizer, self.state.images)
         row["skipped_updates"] = float(
-            sum(b - a for a, b in self.state.budget.skips) // self.recipe.batch.total
+            sum(b - a for a, b in self.state.guard.skips) // self.recipe.batch.total
         )
         row["storage_retries"] = float(self.run.storage.retries)
         # Of all ranks, since the attempt began.
@@ -223,28 +255,24 @@ class Trainer:
             self.metrics.log(self.state.images, row)
         wait = f"{100 * row['data_wait_share']:.1f}%"
         progress.update(self.state.images, loss=f"{row['loss']:.4f}", wait=wait)
-        self.window.reset(self.stream.wait_seconds)
 
-    def save(self) -> None:
-        """Publish a checkpoint: all ranks write their parts, rank 0 the manifest."""
-        began = time.monotonic()
-        name, run = self._name(), self.run
-        slices = self.engine.slices(self.ema.flats)
-        entries = [checkpoints.write_state(run, name, self.ranks.rank, slices)]
-        averages = self._whole_averages()
+    def save(self, *, snapshot: bool = False) -> None:
+        """Publish a checkpoint: all ranks write their parts, rank 0 the manifest.
+
+        Args:
+            snapshot: Keep a snapshot too, before it: a checkpoint's snapshot is never missing.
+        """
         timesteps = self.timesteps.tensors(self.ranks)
-        if self.ranks.is_main:
-            if timesteps:
-                file = checkpoints.TIMESTEPS_FILE
-                entries.append(checkpoints.write_part(run, name, file, timesteps, "timesteps"))
-            weights = dict(self.engine.module.named_parameters())
-            entries.append(checkpoints.write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights"))
-            for profile, tensors in averages.items():
-                file = checkpoints.ema_file(profile)
-                entries.append(checkpoints.write_part(run, name, file, tensors, "ema", ema=profile))
-        files = [entry for part in self.ranks.gather(entries) for entry in part]
+        files, averages = self.writer.write(self._manifest([]).name, self.ema.flats, timesteps)
+        if snapshot:
+            self._keep(averages)
         self.published = self.ranks.on_main(lambda: self._publish(files))
-        log.info("checkpoint %s published in %.2f s", name, time.monotonic() - began)
+
+    def keep_snapshot(self) -> None:
+        """Keep the power-function averages of this moment for good."""
+        self._keep(
+            {name: self.writer.whole(self.ema.flats[name]) for name in power_profiles(self.recipe.ema)}
+        )
 
     def close(self) -> None:
         """Stop reading ahead and release the engine."""
@@ -252,8 +280,74 @@ class Trainer:
         self.metrics.close()
         self.engine.close()
 
-    def _name(self) -> str:
-        return self._manifest([]).name
+    def _forward_and_backward(self, batch: DeviceBatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Add up this rank's gradient; return losses, timesteps and weights of each micro-step."""
+        positions, pictures = batch.positions, batch.images
+        seen = []
+        for number, chunk in enumerate(np.array_split(np.arange(len(positions)), self.micro_steps), start=1):
+            # A rank with fewer images than micro-steps joins the collective with a picture of weight zero.
+            select = slice(0, 1) if len(chunk) == 0 else slice(int(chunk[0]), int(chunk[-1]) + 1)
+            with self.profiler.span("forward"), self.window.computing():
+                losses, t, weights = self.losses(pictures[select], positions[select])
+            if len(chunk) == 0:
+                weights = torch.zeros_like(weights)
+            loss = (weights * losses).sum() / self.recipe.batch.total
+            with self.profiler.span("backward"):
+                self.window.time_backward(loss)
+                self.engine.backward(loss)
+            if len(chunk) > 0:
+                seen.append((losses.detach(), t, weights))
+            if number < self.micro_steps:
+                self.engine.micro_step_done()
+        return seen
+
+    def _agree(
+        self, seen: Sequence[tuple[Tensor, Tensor, Tensor]], wish: StopReason
+    ) -> tuple[float, StopReason]:
+        """Return the global batch's mean loss and the ranks' weightiest wish to stop, in one collective.
+
+        This waits for the device, as DeepSpeed does right after it: the guard must know before Adam does.
+        """
+        mine = sum(float((weights * losses).sum(dtype=torch.float64)) for losses, _, weights in seen)
+        wishes = [float(wish is reason) for reason in (StopReason.BUDGET, StopReason.REQUESTED)]
+        total = self.ranks.total(torch.tensor([mine, *wishes], dtype=torch.float64)).tolist()
+        weightiest = StopReason.REQUESTED if total[2] else StopReason.BUDGET if total[1] else StopReason.NONE
+        return total[0] / self.recipe.batch.total, weightiest
+
+    def _drop(self, start: int, loss: float, objections: Sequence[str]) -> None:
+        """Record an update that was not applied."""
+        self.window.note_update(None)
+        if self.recipe.precision.is_loss_scaled and math.isfinite(loss) and not objections:
+            self.state.guard.overflowed(start)
+        else:
+            self.state.guard.dropped(start, objections[0] if objections else "its gradient is not finite")
+
+    def _seed_dropout(self) -> None:
+        """Key the dropout masks of the next update by (seed, images, rank)."""
+        if self.recipe.model.dropout > 0:
+            images = torch.tensor([self.state.images])
+            words = bits(self.recipe.seed, Purpose.DROPOUT, images, words=2, draw=self.ranks.rank)[0].tolist()
+            torch.manual_seed(words[0] | words[1] << 32)
+
+    def _network(self, parent: Manifest | None) -> UNet:
+        """Make the network, with the parent's weights or initial ones that are equal on every rank."""
+        model = UNet(self.recipe.unet_config(), torch.Generator().manual_seed(self.recipe.seed)).to(
+            self.dtype
+        )
+        if parent is not None:
+            (entry,) = (entry for entry in parent.files if entry.role == "weights")
+            model.load_state_dict(checkpoints.read_part(self.run, parent, entry))
+        return model
+
+    def _load(self, parent: Manifest | None) -> None:
+        """Fill moments, masters and averages from the parent."""
+        if parent is None:
+            return
+        checkpoints.load_state(self.run, parent, self.engine.partition.targets(self.ema.flats))
+        self.engine.resume(parent.updates, parent.loss_scale)
+        parts = {entry.role: entry for entry in parent.files}
+        if self.timesteps.is_loss_aware and "timesteps" in parts:  # imported weights come without
+            self.timesteps.load(checkpoints.read_part(self.run, parent, parts["timesteps"]))
 
     def _manifest(self, files: list[FileEntry]) -> Manifest:
         state, attempt = self.state, self.session.attempt
@@ -263,7 +357,9 @@ class Trainer:
             images=state.images,
             position=state.position,
             updates=state.updates,
-            skips=state.budget.skips,
+            skips=state.guard.skips,
+            guard=state.guard.state,
+            loss_scale=self.engine.loss_scale,
             recipe_sha=attempt.recipe_sha,
             index_sha=attempt.index_sha,
             topology=Topology(
@@ -275,34 +371,12 @@ class Trainer:
     def _publish(self, files: list[FileEntry]) -> Manifest:
         manifest = self._manifest(files)
         self.metrics.publish(self.state.images)  # first: a checkpoint's history must not be lost
-        checkpoints.publish(self.run, manifest)
+        self.writer.publish(manifest)
         self.retention.apply()
         return manifest
 
-    def _whole_averages(self) -> dict[str, dict[str, Tensor]]:
-        """Return each profile's whole tensors on rank 0; all ranks take part."""
-        layouts = self.ranks.gather(self.engine.layout())
-        averages = {}
-        for profile, flats in self.ema.flats.items():
-            gathered = [self.ranks.gather_to_main(flat) for flat in flats]
-            if self.ranks.is_main:
-                pieces = [
-                    (name, start, stop, gathered[index][rank][offset : offset + stop - start])
-                    for rank, layout in enumerate(layouts)
-                    for name, start, stop, index, offset in layout
-                ]
-                averages[profile] = assemble(self.shapes, pieces)
-        return averages
-
-    def _load(self, parent: Manifest | None) -> TrainState:
-        if parent is None:
-            return TrainState()
-        checkpoints.load_state(self.run, parent, self.engine.slices(self.ema.flats))
-        parts = {entry.role: entry for entry in parent.files}
-        self.engine.resume(checkpoints.read_part(self.run, parent, parts["weights"]), parent.updates)
-        if self.timesteps.is_loss_aware and "timesteps" in parts:  # imported weights come without
-            self.timesteps.load(checkpoints.read_part(self.run, parent, parts["timesteps"]))
-        return TrainState(parent.images, parent.position, parent.updates, SkipBudget(list(parent.skips)))
+    def _keep(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.ranks.on_main(lambda: write_snapshot(self.run, self._manifest([]), averages, self.recipe.ema))
 
     def _end(self, outcome: str) -> None:
         end = AttemptEnd.model_validate(
@@ -314,51 +388,6 @@ class Trainer:
             }
         )
         self.ranks.on_main(lambda: self.run.end_attempt(end))
-
-
-class LogWindow:
-    """Sums of one log interval, kept on the device until they are asked for."""
-
-    QUARTILES = 4
-
-    def __init__(self, device: torch.device, num_timesteps: int) -> None:
-        self._device, self._num_timesteps = device, num_timesteps
-        self.grad_norm = math.nan
-        self.reset(0.0)
-
-    def reset(self, wait_seconds: float) -> None:
-        """Begin a new interval; `wait_seconds` is the stream's total so far."""
-        self._sums = torch.zeros(self.QUARTILES, dtype=torch.float64, device=self._device)
-        self._weights = torch.zeros(self.QUARTILES, dtype=torch.float64, device=self._device)
-        self._images = 0
-        self._began, self._waited = time.monotonic(), wait_seconds
-
-    def add(self, losses: Tensor, t: Tensor, weights: Tensor) -> None:
-        """Add the losses float32 [b] of samples, their timesteps int64 [b] and weights float32 [b]."""
-        quartile = t * self.QUARTILES // self._num_timesteps
-        self._sums.index_add_(0, quartile, losses.double() * weights.double())
-        self._weights.index_add_(0, quartile, weights.double())
-        self._images += len(losses)
-
-    def totals(self, wait_seconds: float) -> Tensor:
-        """Return what is to be summed over ranks: quartile sums and weights, images, seconds, waiting."""
-        rest = [self._images, time.monotonic() - self._began, wait_seconds - self._waited]
-        return torch.cat([self._sums.cpu(), self._weights.cpu(), torch.tensor(rest, dtype=torch.float64)])
-
-    def row(self, totals: Tensor, world: int) -> dict[str, float]:
-        """Turn the totals over `world` ranks into named metrics."""
-        sums, weights = totals[: self.QUARTILES], totals[self.QUARTILES : 2 * self.QUARTILES]
-        images, seconds, waited = totals[-3:].tolist()
-        row = {
-            "loss": float(sums.sum()) / max(images, 1.0),
-            "grad_norm": self.grad_norm,
-            "images_per_second": images * world / max(seconds, 1e-9),
-            "data_wait_share": waited / max(seconds, 1e-9),
-        }
-        for index in range(self.QUARTILES):
-            if weights[index] > 0:
-                row[f"loss_q{index}"] = float(sums[index] / weights[index])
-        return row
 
 
 def micro_steps(recipe: Recipe, world: int) -> int:

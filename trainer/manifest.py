@@ -64,6 +64,21 @@ class Topology(BaseModel):
     device: str
 
 
+class GuardState(BaseModel):
+    """What the guard remembers of the updates so far (`trainer.guards`)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    log_loss: float = 0.0
+    """Running average of the logarithm of the loss of applied updates."""
+    log_norm: float = 0.0
+    """The same of the gradient norm."""
+    updates: int = 0
+    """How many updates were averaged."""
+    dropped: tuple[int, ...] = ()
+    """First stream positions of the updates that count against the budget of dropped ones."""
+
+
 class Manifest(Document):
     """`manifest.json`: written last and once; the checkpoint exists if and only if it does."""
 
@@ -79,6 +94,9 @@ class Manifest(Document):
     """Optimizer updates applied so far (Adam's step count)."""
     skips: list[tuple[int, int]] = Field(default_factory=list)
     """Half-open ranges of stream positions whose update was dropped."""
+    guard: GuardState = GuardState()
+    loss_scale: dict[str, float] | None = None
+    """State of DeepSpeed's loss scaling (precision fp16)."""
     recipe_sha: str
     index_sha: str
     topology: Topology
@@ -100,6 +118,10 @@ class Attempt(Document):
     attempt: int
     parent: str | None
     """Checkpoint this attempt started from; None for a start from random weights."""
+    position: int | None = None
+    """Stream position at which it goes on, where a rollback passed over what followed its parent."""
+    rollbacks: int = 0
+    """How often the run was rolled back until then."""
     host: str
     time: datetime = Field(default_factory=lambda: datetime.now(UTC))
     nonce: str

@@ -4,6 +4,7 @@
 may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -26,6 +27,7 @@ from trainer.recipe_sections import (
     DiffusionSection,
     EmaProfile,
     EvaluationSpec,
+    GuardSection,
     ImageSection,
     LoggingSection,
     LossSection,
@@ -56,6 +58,7 @@ class Recipe(Section):
     optimizer: OptimizerSection
     precision: Precision
     ema: dict[str, EmaProfile]
+    guard: GuardSection = GuardSection()
     train: TrainSection
     checkpoint: CheckpointSection
     logging: LoggingSection
@@ -77,6 +80,17 @@ class Recipe(Section):
             raise ValueError(
                 f"batch.micro={self.batch.micro} exceeds batch.total={self.batch.total}; lower batch.micro"
             )
+        powered = any(profile.std is not None for profile in self.ema.values())
+        if self.checkpoint.snapshot_every_images is not None and not powered:
+            raise ValueError(
+                "checkpoint.snapshot_every_images: only averages with a std are kept as snapshots; add one, e.g. "
+                "ema.narrow={std: 0.05}"
+            )
+        stage = self.deepspeed.zero_stage
+        if self.precision is Precision.FP64 and stage != 0:
+            raise ValueError("precision=fp64 is for proofs: it needs deepspeed.zero_stage=0")
+        if self.precision.is_loss_scaled and stage == 0:
+            raise ValueError("precision=fp16 needs partitioned masters: deepspeed.zero_stage=1, 2 or 3")
         if self.diffusion.beta_start > self.diffusion.beta_end:
             raise ValueError("diffusion.beta_start exceeds diffusion.beta_end; noise must grow with t")
         check_loss(self.build_diffusion(), self.loss.config())
@@ -101,6 +115,13 @@ class Recipe(Section):
             out_channels=self.diffusion.variance.output_channels(self.image.channels),
             **dict(self.model),
         )
+
+    def has_network_of(self, other: "Recipe") -> bool:
+        """Tell whether weights of the other recipe fit this one's network: all but dropout is equal."""
+        return self._shape() == other._shape()
+
+    def _shape(self) -> UNetConfig:
+        return dataclasses.replace(self.unet_config(), dropout=0.0, checkpoint_activations=False)
 
     def build_diffusion(self) -> GaussianDiffusion:
         """Return the diffusion process of this recipe."""
@@ -206,14 +227,14 @@ def parse_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe
         raise UserError(f"{where}: {_explain(error)}") from error
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Name the trajectory keys in which two recipes differ, as "key: old -> new" lines."""
+def differences(old: Recipe, new: Recipe) -> dict[str, str]:
+    """Map the trajectory keys in which two recipes differ to lines "key: old -> new"."""
     before, after = dict(_flatten(old.trajectory())), dict(_flatten(new.trajectory()))
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+    return {
+        key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-    ]
+    }
 
 
 def _content(text: str, where: str) -> dict[str, Any]:

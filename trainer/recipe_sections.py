@@ -6,15 +6,19 @@ with the batch they were meant for.
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data_pipeline.storage_backend import StorageBackend
+from trainer.deepspeed_config import check_raw
 from trainer.diffusion.losses import LossConfig, LossKind, Weighting
 from trainer.diffusion.process import Prediction, Variance
 from trainer.diffusion.schedule import ScheduleConfig, ScheduleKind
 from trainer.diffusion.timesteps import TimestepKind
+from trainer.power_ema import WIDEST_STD
 from trainer.unet_config import Profile
 
 
@@ -191,40 +195,84 @@ class OptimizerSection(Section):
 
 
 class Precision(StrEnum):
-    """What the network computes in; parameters, gradients' reduction and losses stay float32."""
+    """What the network computes in; parameters, gradients' reduction and losses stay float32.
+
+    The exceptions are fp16, where DeepSpeed keeps the parameters in float16 beside float32 masters and scales
+    the loss, and fp64, which is for proofs.
+    """
 
     FP32 = "fp32"
+    """IEEE float32 everywhere: TensorFloat-32 is off."""
+    TF32 = "tf32"
+    """float32, with the products of convolutions and matrices in TensorFloat-32 (GPUs since Ampere)."""
     BF16 = "bf16"
+    FP16 = "fp16"
+    FP64 = "fp64"
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The precision of autocast around the network; None for none."""
+        return {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}.get(self)
+
+    @property
+    def is_loss_scaled(self) -> bool:
+        """Whether parameters are float16 and the loss is scaled."""
+        return self is Precision.FP16
+
+
+class EmaWarmup(StrEnum):
+    """How an average's decay rises at the start."""
+
+    TENSORFLOW = "tensorflow"
+    """At most (1 + n) / (10 + n) after n = images / per_images updates: `num_updates` of
+    tf.train.ExponentialMovingAverage and its ports."""
 
 
 class EmaProfile(Section):
-    """One exponential moving average of the weights: `decay` per `per_images`, or a half-life.
+    """One moving average of the weights: `decay` per `per_images`, or a half-life, or a power function.
 
-    `half_life_share` caps the half-life at that share of the images seen so far: a warm-up that keeps
-    the average from dragging the random start along.
+    Two warm-ups keep the first two from dragging the random start along: `half_life_share` caps the
+    half-life at that share of the images seen so far (Karras et al. 2022), `warmup` the decay.
     """
 
     decay: float | None = Field(None, gt=0, lt=1)
     per_images: int | None = Field(None, ge=1)
     half_life_images: float | None = Field(None, gt=0)
     half_life_share: float | None = Field(None, gt=0, lt=1)
+    warmup: EmaWarmup | None = None
+    """Belongs to decay and per_images."""
+    std: float | None = Field(None, gt=0, lt=WIDEST_STD)
+    """Relative standard deviation: an average as wide as this share of the training so far, and one that
+    others can be made of afterwards (Karras et al. 2024, section 3), see `trainer.power_ema`."""
 
     @model_validator(mode="after")
     def _one_form(self) -> "EmaProfile":
         if (self.decay is None) != (self.per_images is None):
             raise ValueError("decay and per_images belong together, e.g. decay: 0.9999, per_images: 128")
-        if (self.decay is None) == (self.half_life_images is None):
-            raise ValueError("give either decay with per_images, or half_life_images")
+        if sum(form is not None for form in (self.decay, self.half_life_images, self.std)) != 1:
+            raise ValueError("give either decay with per_images, or half_life_images, or std")
+        if self.std is not None and self.half_life_share is not None:
+            raise ValueError("half_life_share does not belong to std, which needs no warm-up; leave it out")
+        if self.warmup is not None and (self.decay is None or self.half_life_share is not None):
+            raise ValueError("warmup belongs to decay with per_images, without half_life_share")
         return self
 
 
 class TrainSection(Section):
-    """How long to train."""
+    """How long to train, and with which kernels."""
 
     images: int = Field(ge=1, lt=10**10)
     """Training ends when this many images have been applied."""
     max_minutes: float | None = Field(None, gt=0)
     """Wall-clock budget of the training loop of one attempt; reaching it also counts as finished."""
+    compile: bool | None = None
+    """torch.compile of each block of the network; default: on GPUs, where ZeRO 3 does not move parameters."""
+    deterministic: bool = False
+    """Only deterministic kernels on a GPU: a resumed run is then bit-identical; slower."""
+
+    def compiles(self, device: torch.device, zero_stage: int) -> bool:
+        """Whether blocks are compiled on this device."""
+        return self.compile if self.compile is not None else device.type == "cuda" and zero_stage < 3
 
 
 class CheckpointSection(Section):
@@ -233,13 +281,59 @@ class CheckpointSection(Section):
     every_images: int = Field(ge=1)
     keep: int = Field(3, ge=2)
     """Newest checkpoints that keep their files."""
+    snapshot_every_images: int | None = Field(None, ge=1)
+    """How often the power-function averages (`ema.NAME.std`) are kept for good, see `trainer.snapshots`;
+    default: with every checkpoint."""
+
+
+class WandbSection(Section):
+    """Weights & Biases; the API key comes from its own standard chain."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    """User or team; default: the key's."""
+    mode: Literal["online", "offline"] | None = None
+    """offline: files for `wandb sync`; default: as WANDB_MODE says, else online."""
+
+
+class MlflowSection(Section):
+    """MLflow tracking."""
+
+    experiment: str = Field(min_length=1)
+    tracking_uri: str | None = None
+    """Server, database or folder; default: as MLFLOW_TRACKING_URI says."""
+
+    @model_validator(mode="after")
+    def _without_password(self) -> "MlflowSection":
+        if self.tracking_uri is not None and urlsplit(self.tracking_uri).password is not None:
+            raise ValueError(
+                "logging.mlflow.tracking_uri holds a password, and recipes are stored in the run directory; "
+                "set MLFLOW_TRACKING_URI instead"
+            )
+        return self
 
 
 class LoggingSection(Section):
-    """Metrics of the training loop."""
+    """Metrics of the training loop, described in docs/telemetry.md."""
 
     every_images: int = Field(ge=1)
     tensorboard: bool = True
+    """Event files in the run directory."""
+    wandb: WandbSection | None = None
+    """Needs the extra `wandb`."""
+    mlflow: MlflowSection | None = None
+    """Needs the extra `mlflow`."""
+    prometheus: Place = ""
+    """Text file on rank 0's machine for node_exporter, NAME.prom; empty: none."""
+
+    @model_validator(mode="after")
+    def _collected(self) -> "LoggingSection":
+        if self.prometheus and not self.prometheus.endswith(".prom"):
+            raise ValueError(
+                f"logging.prometheus={self.prometheus}: node_exporter reads files named *.prom only; "
+                "name it so, e.g. /var/lib/node_exporter/ddpm.prom"
+            )
+        return self
 
 
 class SamplerName(StrEnum):
@@ -272,9 +366,36 @@ class EvaluationSpec(Section):
     held_out_split: str = "val"
 
 
+class GuardSection(Section):
+    """What is done about updates that would do harm; part of the trajectory."""
+
+    spike_factor: float | None = Field(20.0, gt=1)
+    """An update is dropped if its loss or gradient norm exceeds so many times its average; null: never."""
+    warmup_updates: int = Field(100, ge=0)
+    """Before so many updates only what is not finite is dropped."""
+    skips: int = Field(10, ge=0)
+    """So many updates of the last hundred may be dropped; one more rolls back to the last checkpoint."""
+    rollbacks: int = Field(3, ge=0)
+    """So many times a run may be rolled back; once more ends it."""
+
+
 class DeepSpeedSection(Section):
     """How state is partitioned over the ranks; has no influence on the trajectory."""
 
-    zero_stage: Literal[1] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is partitioned: 0 nothing, 1 Adam's state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep Adam's state and the float32 masters in the host's memory and update them there."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed's own keys, merged into what the recipe makes; contradictions are refused."""
     timeout_seconds: float = Field(600.0, gt=0)
     """After so long without an answer of another rank the process gives up."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DeepSpeedSection":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "deepspeed.offload_optimizer needs a partitioned optimizer: zero_stage 1, 2 or 3"
+            )
+        check_raw(self.config)
+        return self

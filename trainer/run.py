@@ -3,6 +3,7 @@
 import logging
 import re
 import uuid
+from collections.abc import Collection
 from types import TracebackType
 from typing import Final, Self
 
@@ -97,52 +98,78 @@ class Run:
             UserError: As `recipe`.
         """
         newest = self.newest_attempt()
-        return Recipe.model_validate(self._attempt(newest).recipe) if newest else self.recipe()
+        return Recipe.model_validate(self.attempt(newest).recipe) if newest else self.recipe()
 
     def has_recipe(self) -> bool:
         """Tell whether a run has been started here."""
         return self.storage.exists("recipe.yaml")
 
-    def adopt_recipe(self, recipe: Recipe) -> None:
+    def adopt_recipe(self, recipe: Recipe, allowed: Collection[str] = ()) -> None:
         """Store the recipe at the first start; later starts must train the same trajectory.
 
         Raises:
-            UserError: The run was started with a recipe that trains something else.
+            UserError: As `check_recipe`.
         """
         if not self.storage.create("recipe.yaml", recipe.to_yaml().encode()):
-            self.check_recipe(recipe)
+            self.check_recipe(recipe, allowed)
 
-    def check_recipe(self, recipe: Recipe) -> None:
-        """Check that a recipe trains what this run was started with.
+    def check_recipe(self, recipe: Recipe, allowed: Collection[str] = ()) -> None:
+        """Check that a recipe trains what the newest attempt of this run did.
+
+        Args:
+            recipe: The recipe.
+            allowed: Keys, or whole sections, that may differ.
 
         Raises:
-            UserError: It trains something else; the keys that differ are named.
+            UserError: Others differ, each of which is named, or the networks do.
         """
-        stored = self.recipe()
+        stored = self.latest_recipe()
         changed = differences(stored, recipe)
-        if changed:
+        refused = [line for key, line in changed.items() if not _covers(allowed, key)]
+        if refused:
             raise UserError(
-                f"{self.url}: the run was started with another recipe ({'; '.join(changed[:3])}); "
-                "use the same keys or another run directory"
+                f"{self.url}: the run was started with another recipe ({'; '.join(refused)}); use the same "
+                "keys, another run directory, or --allow KEY to go on with the change"
             )
+        if changed and not stored.has_network_of(recipe):
+            raise UserError(f"{self.url}: --allow cannot change the network ({'; '.join(changed.values())})")
 
     def attempts(self) -> list[Attempt]:
         """Return all attempts, oldest first."""
-        return [self._attempt(number) for number in self._attempt_numbers()]
+        return [self.attempt(number) for number in self._attempt_numbers()]
+
+    def attempt(self, number: int) -> Attempt:
+        """Return one attempt's record."""
+        path = f"attempts/{number:06d}.json"
+        return Attempt.from_json(self.storage.read(path), f"{self.url}/{path}")
+
+    def recipe_of(self, manifest: Manifest) -> Recipe:
+        """Return the recipe that a checkpoint was trained with."""
+        return Recipe.model_validate(self.attempt(manifest.attempt).recipe)
 
     def newest_attempt(self) -> int:
         """Number of the newest attempt; 0 if there is none. It alone may publish."""
         return max(self._attempt_numbers(), default=0)
 
-    def claim_attempt(self, parent: str | None, host: str, recipe: Recipe, index_sha: str) -> Attempt:
-        """Create the next attempt; from now on no earlier one may publish."""
+    def claim_attempt(
+        self,
+        parent: str | None,
+        host: str,
+        recipe: Recipe,
+        index_sha: str,
+        position: int | None = None,
+        rollbacks: int = 0,
+    ) -> Attempt:
+        """Create the next attempt; from now on no earlier one may publish. The arguments are its fields."""
         while True:
             newest = self.newest_attempt()
-            run_id = self._attempt(newest).run if newest else uuid.uuid4().hex[:12]
+            run_id = self.attempt(newest).run if newest else uuid.uuid4().hex[:12]
             claim = Attempt(
                 run=run_id,
                 attempt=newest + 1,
                 parent=parent,
+                position=position,
+                rollbacks=rollbacks,
                 host=host,
                 nonce=uuid.uuid4().hex,
                 recipe_sha=recipe.sha256,
@@ -245,10 +272,6 @@ class Run:
         matches = (_ATTEMPT.fullmatch(name) for name in self.storage.list("attempts"))
         return sorted(int(match[1]) for match in matches if match)
 
-    def _attempt(self, number: int) -> Attempt:
-        path = f"attempts/{number:06d}.json"
-        return Attempt.from_json(self.storage.read(path), f"{self.url}/{path}")
-
 
 def _manifest_path(checkpoint: str) -> str:
     return f"checkpoints/{checkpoint}/manifest.json"
@@ -260,3 +283,8 @@ def _within(checkpoint: str, limits: dict[int, int | None]) -> bool:
         return False
     limit = limits[attempt]
     return limit is None or images <= limit
+
+
+def _covers(allowed: Collection[str], key: str) -> bool:
+    """Tell whether a key or a section that holds it is among the allowed ones."""
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)

@@ -6,6 +6,7 @@ and whatever still runs at the end is killed.
 """
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +29,9 @@ import torch
 from data_pipeline.errors import ExitCode, UserError
 from trainer import extensions
 from trainer.manifest import AttemptEnd, parse_checkpoint_name
+from trainer.occupancy import occupied
 from trainer.preflight import check_inputs
+from trainer.profiler import parse_profile
 from trainer.recipe import load_recipe
 from trainer.run import Run
 from trainer.stop import CONTROL_VARIABLE, SUPERVISOR_VARIABLE
@@ -61,7 +64,13 @@ class Placement:
 
 
 def supervise(
-    recipe_name: str, overrides: Sequence[str], placement: Placement, restarts: int = 2
+    recipe_name: str,
+    overrides: Sequence[str],
+    placement: Placement,
+    restarts: int = 2,
+    *,
+    allowed: Sequence[str] = (),
+    profile: str | None = None,
 ) -> ExitCode:
     """Train on this node until the run is finished, stopped, or beyond mending.
 
@@ -70,6 +79,8 @@ def supervise(
         overrides: `section.key=value` settings.
         placement: This node's part of the job.
         restarts: How often crashed ranks are started again; they resume from the newest checkpoint.
+        allowed: Keys of the recipe that may differ from those of the run so far.
+        profile: Steps to profile, as `trainer.profiler.parse_profile` reads them.
 
     Returns:
         The exit code of the command.
@@ -80,16 +91,23 @@ def supervise(
     recipe = load_recipe(recipe_name, overrides)
     ranks = placement.ranks or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     run = Run(recipe.run)
-    check_inputs(recipe, run, ranks * placement.num_nodes)
+    if profile:
+        parse_profile(profile)  # a mistake is told before anything starts
+    check_inputs(recipe, run, ranks * placement.num_nodes, allowed)
     port = _choose_port(placement)
     if not torch.cuda.is_available():
         extensions.prepare()
-    with _StopSignals() as stop:
+    arguments = [recipe_name, *overrides, *(f"--allow={key}" for key in allowed)]
+    arguments += [f"--profile={profile}"] if profile else []
+    # One supervisor a job holds the run, through all restarts of its ranks.
+    held = occupied(run) if placement.node_rank == 0 else contextlib.nullcontext()
+    with held, _StopSignals() as stop:
         for restart in range(restarts + 1):
-            code = _launch_once(recipe_name, overrides, placement, ranks, port, stop)
+            code = _launch_once(arguments, placement, ranks, port, stop)
             if code is not ExitCode.FAILED or stop.asked:
                 return code
-            if restart == restarts:
+            ended = run.ended()
+            if restart == restarts or (ended is not None and ended.outcome == "failed"):
                 break
             log.warning("training failed; restart %d of %d from the newest checkpoint", restart + 1, restarts)
     if placement.node_rank == 0:
@@ -137,17 +155,12 @@ class _StopSignals:
 
 
 def _launch_once(
-    recipe_name: str,
-    overrides: Sequence[str],
-    placement: Placement,
-    ranks: int,
-    port: int,
-    stop: _StopSignals,
+    arguments: Sequence[str], placement: Placement, ranks: int, port: int, stop: _StopSignals
 ) -> ExitCode:
     """Run the launcher once; return what its ranks wrote down, or FAILED if they could not."""
     with tempfile.TemporaryDirectory(prefix="ddpm-control-") as control:
         command = _launcher_command(placement, ranks, port)
-        command += ["--module", "--no_local_rank", "trainer", "worker", recipe_name, *overrides]
+        command += ["--module", "--no_local_rank", "trainer", "worker", *arguments]
         process = subprocess.Popen(
             tethered(command), env=_environment(control, ranks), start_new_session=True
         )
@@ -156,6 +169,7 @@ def _launch_once(
         finally:
             _end_all(control)
             process.wait()
+            _remove_shared_memory(placement, port)
         return _outcome(Path(control))
 
 
@@ -195,6 +209,12 @@ def _end_all(control: str) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(found, timeout=10)
+
+
+def _remove_shared_memory(placement: Placement, port: int) -> None:
+    """Remove the buffers that DeepSpeed's CPU ranks share: 64 MiB a rank, which a kill leaves behind."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{placement.master_addr}_{port}_*"):
+        buffer.unlink(missing_ok=True)
 
 
 def _belongs(process: psutil.Process, control: str) -> bool:

@@ -1,13 +1,16 @@
 """The image clock against the paper's per-step arithmetic and closed forms."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from trainer.clock import adam_epsilon, ema_decay, is_due, learning_rate
 from trainer.recipe import load_recipe
-from trainer.recipe_sections import EmaProfile, EpsilonForm, OptimizerSection
+from trainer.recipe_sections import EmaProfile, EmaWarmup, EpsilonForm, OptimizerSection
 
 
 def test_warmup_is_the_papers_5000_steps_from_zero() -> None:
@@ -32,6 +35,49 @@ def test_half_life_and_its_share() -> None:
     capped = EmaProfile(half_life_images=1000, half_life_share=0.05)
     assert ema_decay(capped, 936, 64) == pytest.approx(0.5 ** (64 / 50))
     assert ema_decay(capped, 10**6, 64) == ema_decay(plain, 10**6, 64)
+
+
+def test_tensorflows_warmup_is_per_images_too() -> None:
+    """tf.train.ExponentialMovingAverage: min(decay, (1 + num_updates) / (10 + num_updates))."""
+    profile = EmaProfile(decay=0.999, per_images=128, warmup=EmaWarmup.TENSORFLOW)
+    assert ema_decay(profile, 0, 128) == 0.0
+    for updates in (1, 2, 50, 5000):
+        assert ema_decay(profile, 128 * updates, 128) == pytest.approx((1 + updates) / (10 + updates))
+    assert ema_decay(profile, 128 * 8990, 128) == pytest.approx(0.999, rel=1e-9)
+    assert ema_decay(profile, 128 * 10**6, 128) == 0.999
+    assert ema_decay(profile, 128, 64) ** 2 == pytest.approx(2 / 11)
+
+
+def test_the_power_function_shrinks_with_the_share_of_the_batch() -> None:
+    """Karras et al. 2024, eq. 127: (1 - batch / t)^(exponent + 1), t after the update."""
+    profile = EmaProfile(std=0.1)
+    assert ema_decay(profile, 0, 128) == 0.0
+    for images in (128, 12800, 10**9):
+        wanted = (1 - 128 / (images + 128)) ** 7.937203937601809
+        assert ema_decay(profile, images, 128) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give either decay with per_images, or half_life_images, or std"),
+        ({"std": 0.1, "decay": 0.9, "per_images": 1}, "give either"),
+        ({"std": 0.1, "half_life_images": 5}, "give either"),
+        ({"std": 0.1, "half_life_share": 0.05}, "half_life_share does not belong to std"),
+        ({"std": 0.1, "warmup": "tensorflow"}, "warmup belongs to decay"),
+        ({"half_life_images": 5, "warmup": "tensorflow"}, "warmup belongs to decay"),
+        (
+            {"decay": 0.9, "per_images": 1, "half_life_share": 0.1, "warmup": "tensorflow"},
+            "without half_life_share",
+        ),
+        ({"std": 0.1, "per_images": 128}, "belong together"),
+        ({"std": 0.2887}, r"less than 0\.2886"),
+        ({"std": 0.0}, "greater than 0"),
+    ],
+)
+def test_an_average_has_one_form(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EmaProfile.model_validate(fields)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 100])

@@ -31,6 +31,41 @@ def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
         run.adopt_recipe(tiny_recipe(["seed=7"]))
 
 
+def test_changed_keys_are_listed_and_may_be_allowed_one_by_one_or_by_section(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path), images_list=())
+    changed = tiny_recipe(["seed=7", "optimizer.learning_rate=0.1", "optimizer.clip_norm=2", "guard.skips=3"])
+    with pytest.raises(UserError) as caught:
+        run.check_recipe(changed)
+    for key in (
+        "seed: 0 -> 7",
+        "optimizer.learning_rate: 0.003 -> 0.1",
+        "optimizer.clip_norm",
+        "guard.skips",
+    ):
+        assert key in str(caught.value)
+    assert "--allow" in str(caught.value)
+    with pytest.raises(UserError, match=r"\(optimizer.clip_norm: 1.0 -> 2.0\)"):
+        run.check_recipe(changed, ["seed", "optimizer.learning_rate", "guard"])
+    run.check_recipe(changed, ["seed", "optimizer", "guard"])
+
+
+def test_an_allowed_change_holds_from_its_attempt_on(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path), images_list=())
+    changed = tiny_recipe(["optimizer.learning_rate=0.1"])
+    run.adopt_recipe(changed, ["optimizer.learning_rate"])
+    run.claim_attempt(None, "host", changed, SHA)
+    run.check_recipe(changed)
+    with pytest.raises(UserError, match=r"learning_rate: 0.1 -> 0.003"):
+        run.check_recipe(tiny_recipe())
+
+
+def test_no_allowance_changes_the_network(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path), images_list=())
+    with pytest.raises(UserError, match=r"--allow cannot change the network .model.base_channels: 8 -> 16"):
+        run.check_recipe(tiny_recipe(["model.base_channels=16"]), ["model"])
+    run.check_recipe(tiny_recipe(["model.dropout=0.3"]), ["model"])
+
+
 def test_attempts_count_up_and_share_the_runs_identity(tmp_path: Path) -> None:
     run, recipe = Run(str(tmp_path)), tiny_recipe()
     claims = [run.claim_attempt(None, "host", recipe, SHA) for _ in range(3)]

@@ -14,7 +14,6 @@ from data_pipeline.build import build
 from data_pipeline.sources.digits import DigitsSource
 from tests.support import TINY
 from trainer.checkpoint import read_part
-from trainer.guards import MAX_CONSECUTIVE_SKIPS
 from trainer.run import Run
 from trainer.unet import UNet
 
@@ -82,13 +81,17 @@ def test_divergence_is_counted_and_stops_training(tmp_path: Path) -> None:
     build(DigitsSource(), shards)
     run, control = Run(str(tmp_path / "run")), tmp_path / "control"
     control.mkdir()
-    settings = ("optimizer.learning_rate=1e30", "optimizer.warmup_images=0", "train.images=800")
+    settings = ("optimizer.learning_rate=1e30", "optimizer.warmup_images=0", "guard.rollbacks=1")
     process = start(run, shards, control, *settings)
     _, log = process.communicate(timeout=200)
     assert process.returncode == 1, log
-    assert log.count("dropped: gradients are not finite") == MAX_CONSECUTIVE_SKIPS, log
-    assert "20 updates in a row had non-finite gradients" in log
+    assert log.count("dropped: its gradient is not finite") == 22, log
+    assert log.count("rollback 1 of at most 1") == 1
+    assert "training diverged: 11 of the last 100 updates were dropped" in log
     assert "Traceback" not in log
+    end = run.ended()
+    assert end is not None
+    assert end.outcome == "failed"
 
 
 def test_without_a_launcher_the_remedy_is_named(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Self
 
 import safetensors.torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from trainer.weights.formats import diffusers
 from trainer.weights.formats.diffusers import unet_json
 from trainer.weights.formats.diffusers_scheduler import scheduler_json
 from trainer.weights.inference import read_weights
-from trainer.weights.names import Network, correspondences, to_theirs
+from trainer.weights.names import Correspondence, Network, correspondences, to_theirs
+from trainer.weights.posthoc import Opened
 
 _WRITTEN_FOR: Final = "0.35.0"
 """The oldest release of diffusers that the folder was made for."""
@@ -34,7 +36,7 @@ class Exported(Document):
         folder: Where it lies.
         format: For whom.
         checkpoint: Name of the checkpoint.
-        manifest_sha256: Hash of its manifest: the checkpoint's identity.
+        manifest_sha256: Hash of its manifest, or of a reconstruction's posthoc.json: the identity.
         images: Training images it has seen.
         ema: Weights used.
         files: Files written, in the order written.
@@ -80,22 +82,76 @@ def export_diffusers(
     """
     recipe = run.recipe()
     ema = ema or recipe.default_ema
-    config = recipe.unet_config()
-    unet, scheduler = unet_json(config), scheduler_json(recipe)
-    table = correspondences(diffusers.NAMING, Network.of(config))
+    expressed = _Expressed.of(recipe)
     name = run.select(checkpoint)
     _claim(folder)
     with run.pin(name, f"{socket.gethostname()}-{os.getpid()}") as pin:
-        weights = to_theirs(table, read_weights(run, pin.manifest, ema))
-        manifest_sha256, images = run.manifest_sha256(name), pin.manifest.images
+        weights = read_weights(run, pin.manifest, ema)
+        origin = _Origin(name, run.manifest_sha256(name), pin.manifest.images, ema)
+    return _write_folder(folder, recipe, expressed, weights, origin)
+
+
+def export_reconstruction(made: Opened, folder: Path) -> Exported:
+    """Write an average that was made of snapshots as a diffusers folder.
+
+    Args:
+        made: The reconstruction.
+        folder: Where to; it must not exist or be empty.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: As `export_diffusers`.
+        DamagedCheckpointError: The weights fail their hash.
+    """
+    expressed = _Expressed.of(made.recipe)
+    _claim(folder)
+    origin = _Origin(made.facts.checkpoint, made.sha256(), made.facts.images, made.facts.ema)
+    return _write_folder(folder, made.recipe, expressed, made.weights(), origin)
+
+
+@dataclass(frozen=True)
+class _Expressed:
+    """A recipe in diffusers' words."""
+
+    unet: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    table: list[Correspondence]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """Raises UserError where diffusers has no word."""
+        config = recipe.unet_config()
+        unet, scheduler = unet_json(config), scheduler_json(recipe)
+        return cls(
+            unet.model_dump(mode="json"),
+            scheduler.model_dump(mode="json"),
+            correspondences(diffusers.NAMING, Network.of(config)),
+        )
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Whose weights are written; as in `Exported`."""
+
+    checkpoint: str
+    manifest_sha256: str
+    images: int
+    ema: str
+
+
+def _write_folder(
+    folder: Path, recipe: Recipe, expressed: _Expressed, weights: Mapping[str, Tensor], origin: _Origin
+) -> Exported:
     version = {"_diffusers_version": _WRITTEN_FOR}
     contents = {
-        "unet/diffusion_pytorch_model.safetensors": _safetensors(weights),
-        "unet/config.json": _json({"_class_name": "UNet2DModel", **version, **unet.model_dump(mode="json")}),
+        "unet/diffusion_pytorch_model.safetensors": _safetensors(to_theirs(expressed.table, weights)),
+        "unet/config.json": _json({"_class_name": "UNet2DModel", **version, **expressed.unet}),
         "scheduler/scheduler_config.json": _json(
-            {"_class_name": "DDPMScheduler", **version, **scheduler.model_dump(mode="json")}
+            {"_class_name": "DDPMScheduler", **version, **expressed.scheduler}
         ),
-        "README.md": _card(recipe, name, manifest_sha256, images, ema).encode(),
+        "README.md": _card(recipe, origin).encode(),
         _INDEX: _json(
             {
                 "_class_name": "DDPMPipeline",
@@ -108,10 +164,10 @@ def export_diffusers(
     return Exported(
         folder=str(folder),
         format="diffusers",
-        checkpoint=name,
-        manifest_sha256=manifest_sha256,
-        images=images,
-        ema=ema,
+        checkpoint=origin.checkpoint,
+        manifest_sha256=origin.manifest_sha256,
+        images=origin.images,
+        ema=origin.ema,
         files=[_write(folder, path, data) for path, data in contents.items()],
     )
 
@@ -154,7 +210,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
 
 
-def _card(recipe: Recipe, checkpoint: str, manifest_sha256: str, images: int, ema: str) -> str:
+def _card(recipe: Recipe, origin: _Origin) -> str:
     size, steps = recipe.image.size, recipe.diffusion.num_timesteps
     return f"""---
 library_name: diffusers
@@ -165,8 +221,8 @@ tags:
 
 # DDPM, {size}x{size} pixels
 
-Trained by ddpm-foundry: checkpoint `{checkpoint}` ({images} training images, weights `{ema}`),
-manifest SHA-256 `{manifest_sha256}`.
+Trained by ddpm-foundry: checkpoint `{origin.checkpoint}` ({origin.images} training images, weights
+`{origin.ema}`), manifest SHA-256 `{origin.manifest_sha256}`.
 
 ```python
 from diffusers import DDPMPipeline

@@ -1,5 +1,6 @@
 """Weights of a checkpoint for inference; the training state is never needed for that."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from trainer.manifest import FileEntry, Manifest
 from trainer.recipe import Recipe
 from trainer.run import Run
 from trainer.unet import UNet
+from trainer.weights.posthoc import find_reconstruction, reconstruction_names
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,16 @@ def load_for_inference(run: Run, name: str, *, ema: str, device: torch.device | 
     Args:
         run: The run.
         name: The checkpoint's name.
-        ema: Name of an EMA profile, or "raw" for the weights themselves.
+        ema: As in `read_weights`.
         device: Where the network goes.
 
     Raises:
-        UserError: The checkpoint holds no such EMA profile.
+        UserError: The checkpoint holds no such weights.
         CheckpointGoneError: The checkpoint is not published (any more).
         DamagedCheckpointError: The weights fail their hash.
     """
-    recipe, manifest = run.recipe(), run.manifest(name)
+    manifest = run.manifest(name)
+    recipe = run.recipe_of(manifest)
     weights = read_weights(run, manifest, ema)
     model = UNet(recipe.unet_config())
     model.load_state_dict(weights, strict=True)
@@ -51,24 +54,34 @@ def read_weights(run: Run, manifest: Manifest, ema: str) -> dict[str, Tensor]:
     Args:
         run: The run.
         manifest: The checkpoint's.
-        ema: Name of an EMA profile, or "raw" for the weights themselves.
+        ema: Name of an EMA profile; "raw" for the weights themselves; "std0.0500" and its like for an average
+            that `ddpm weights ema` has made.
 
     Raises:
-        UserError: The checkpoint holds no such EMA profile.
+        UserError: The checkpoint holds no such weights.
         DamagedCheckpointError: The weights fail their hash.
     """
-    return read_part(run, manifest, _entry(run, manifest, ema))
-
-
-def _entry(run: Run, manifest: Manifest, ema: str) -> FileEntry:
-    for entry in manifest.files:
-        if (ema == "raw" and entry.role == "weights") or (entry.role == "ema" and entry.ema == ema):
-            return entry
+    entry = _entry(manifest, ema)
+    if entry is not None:
+        return read_part(run, manifest, entry)
+    made = find_reconstruction(run, manifest.name, ema)
+    if made is not None:
+        return made.weights()
     known = ["raw", *(entry.ema or "" for entry in manifest.files if entry.role == "ema")]
+    known += reconstruction_names(run, manifest.name)
     raise UserError(f"{run.url}: {manifest.name} holds no weights {ema!r}; known: {', '.join(known)}")
 
 
-def assemble(shapes: dict[str, torch.Size], pieces: list[tuple[str, int, int, Tensor]]) -> dict[str, Tensor]:
+def _entry(manifest: Manifest, ema: str) -> FileEntry | None:
+    for entry in manifest.files:
+        if (ema == "raw" and entry.role == "weights") or (entry.role == "ema" and entry.ema == ema):
+            return entry
+    return None
+
+
+def assemble(
+    shapes: Mapping[str, torch.Size], pieces: Sequence[tuple[str, int, int, Tensor]]
+) -> dict[str, Tensor]:
     """Put whole float32 tensors together from flat pieces (parameter, start, stop, numbers).
 
     The pieces must cover every tensor exactly once.

@@ -1,0 +1,116 @@
+"""One rank that trains several recipes one after the other, for real.
+
+`python -m tests.trainer.layout_program CASES OUT` with RANK, WORLD_SIZE and the rest in the environment. One
+start of processes serves a whole matrix of recipes: starting them costs more than these trainings do.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.device import DeviceBatch
+from trainer import loop
+from trainer.clock import ema_decay
+from trainer.distributed import Environment, FollowedError, Ranks
+from trainer.engine import init_process_group
+from trainer.guards import DivergedError
+from trainer.recipe import Recipe, load_recipe
+from trainer.run import Run
+from trainer.session import Session
+from trainer.stop import StopReason, StopRequest
+
+
+class Injected(loop.Trainer):
+    """A trainer whose losses of some stream positions are replaced, which is counted."""
+
+    poison: dict[str, Any] | None = None
+    injected = 0
+
+    def losses(self, pictures: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        losses, t, weights = super().losses(pictures, n)
+        if self.poison is None:
+            return losses, t, weights
+        start, stop = self.poison["positions"]
+        hit = (n >= start) & (n < stop)
+        Injected.injected += int(hit.sum())
+        return losses * torch.where(hit, self.poison["factor"], 1.0), t, weights
+
+
+class Averaged(Injected):
+    """A trainer beside whose averages whole ones are kept that nobody partitioned."""
+
+    def __init__(self, recipe: Recipe, run: Run, ranks: Ranks, session: Session, *rest: Any) -> None:
+        super().__init__(recipe, run, ranks, session, *rest)
+        self.reference = {name: {k: v.clone() for k, v in self._whole().items()} for name in recipe.ema}
+
+    def step(self, batch: DeviceBatch, wish: StopReason = StopReason.NONE) -> StopReason:
+        before = self.state.images
+        reason = super().step(batch, wish)
+        weights = self._whole()
+        for name, profile in self.recipe.ema.items():
+            share = 1.0 - ema_decay(profile, before, self.recipe.batch.total)
+            for key, value in weights.items():
+                self.reference[name][key].lerp_(value, share)
+        return reason
+
+    def difference(self) -> float:
+        """Largest difference of any number of any average from the unpartitioned reference, on rank 0."""
+        found = {name: self.writer.whole(flats) for name, flats in self.ema.flats.items()}
+        if not self.ranks.is_main:
+            return 0.0
+        return max(
+            (
+                float((found[name][key] - value).abs().max())
+                for name, reference in self.reference.items()
+                for key, value in reference.items()
+            ),
+            default=0.0,
+        )
+
+    def _whole(self) -> dict[str, Tensor]:
+        return {name: value.detach().float().cpu() for name, value in self.writer.weights().items()}
+
+    def close(self) -> None:
+        Averaged.last_difference = self.difference()
+        super().close()
+
+    last_difference = float("nan")
+
+
+def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, Any]:
+    """Train one recipe to its end; return what became of it."""
+    recipe = load_recipe("quickstart", case["overrides"])
+    kind = Averaged if case.get("reference") else Injected
+    Injected.injected, Averaged.last_difference = 0, float("nan")
+    kind.poison = case.get("poison")
+    error = None
+    with patch.object(loop, "Trainer", kind):
+        try:
+            loop.train(recipe, Run(recipe.run), ranks, stop)
+        except (DivergedError, FollowedError) as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    return {"error": error, "injected": Injected.injected, "ema_difference": Averaged.last_difference}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train all cases of a JSON file; write this rank's findings beside `OUT`."""
+    environment, stop = Environment.from_launcher(), StopRequest()
+    cases, out = json.loads(Path(arguments[0]).read_text()), Path(f"{arguments[1]}.{environment.rank}")
+    init_process_group(environment, 120.0)
+    try:
+        ranks = Ranks(environment)
+        found = {case["name"]: run_case(case, ranks, stop) for case in cases}
+        out.write_text(json.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

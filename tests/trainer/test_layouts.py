@@ -1,0 +1,270 @@
+"""One trajectory on any layout: ZeRO stages, precisions, ranks, accumulation; guards that all ranks share."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.build import build
+from data_pipeline.sources.digits import DigitsSource
+from tests.support import TINY, metric_rows
+from trainer import extensions
+from trainer.checkpoint import read_part
+from trainer.run import Run
+
+BATCH, STEPS, FEW = 8, 20, 6
+SETTINGS = (
+    *TINY,
+    f"batch.total={BATCH}",
+    f"optimizer.warmup_images={2 * BATCH}",
+    "image.flip=true",
+    f"train.images={STEPS * BATCH}",
+    f"checkpoint.every_images={FEW * BATCH}",
+    "checkpoint.keep=10",
+    f"logging.every_images={BATCH}",
+    "logging.tensorboard=false",
+    "ema.paper={decay: 0.9999, per_images: 128}",
+    "data.reader_threads=0",
+)
+STAGES = (0, 1, 2, 3)
+Case = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("shards"))
+    build(DigitsSource(), url)
+    return url
+
+
+def case(name: str, *overrides: str, **more: Any) -> Case:
+    return {"name": name, "overrides": list(overrides), **more}
+
+
+def train(folder: Path, shards: str, world: int, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+    """Train cases on so many ranks; return what rank 0 found, by name. Their runs are below `folder`."""
+    for each in cases:
+        each["overrides"] = [
+            *SETTINGS,
+            f"run={folder / each['name']}",
+            f"data.url={shards}",
+            *each["overrides"],
+        ]
+    listed, out = folder / f"cases-{world}.json", folder / f"out-{world}"
+    listed.write_text(json.dumps(cases))
+    common = dict(os.environ)
+    if not torch.cuda.is_available():
+        extensions.prepare()
+        common |= {**extensions.environment(), "DS_ACCELERATOR": "cpu"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common["WORLD_SIZE"] = str(world)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.trainer.layout_program", str(listed), str(out)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        logs = [process.communicate(timeout=250)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    files = [out.with_name(f"{out.name}.{rank}") for rank in range(world)]
+    assert all(file.exists() for file in files), "\n".join(log[-4000:] for log in logs)
+    found: dict[str, dict[str, Any]] = json.loads(files[0].read_text())
+    return found
+
+
+def weights(run: Run, role: str = "weights", steps: int = STEPS) -> dict[str, Tensor]:
+    """The tensors of a role, by file and parameter, of the live checkpoint after so many steps."""
+    (name,) = (name for name in run.live_checkpoints() if name.startswith(f"{steps * BATCH:010d}-"))
+    manifest = run.manifest(name)
+    return {
+        f"{entry.path}/{key}": value
+        for entry in manifest.files
+        if entry.role == role
+        for key, value in read_part(run, manifest, entry).items()
+    }
+
+
+def relative_l2(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """L2 distance of all numbers over the norm of the second."""
+    assert one.keys() == other.keys()
+    assert one
+    square = sum(float((one[key].double() - other[key].double()).square().sum()) for key in other)
+    return (square / sum(float(value.double().square().sum()) for value in other.values())) ** 0.5
+
+
+def assert_same_trajectory(
+    one: Run, other: Run, steps: int = STEPS, distance: float = 1e-5, loss: float = 1e-4
+) -> None:
+    for role in ("weights", "ema"):
+        assert relative_l2(weights(one, role, steps), weights(other, role, steps)) <= distance
+    rows = [[row["loss"] for row in metric_rows(run)][:steps] for run in (one, other)]
+    assert len(rows[0]) == len(rows[1]) == steps
+    assert max(abs(a / b - 1) for a, b in zip(*rows, strict=True)) <= loss
+
+
+POISONED = {
+    "nan": {"positions": [6 * BATCH + 2, 6 * BATCH + 3], "factor": float("nan")},
+    "spike": {"positions": [9 * BATCH, 10 * BATCH], "factor": 1e4},
+    "rolled-back": {"positions": [8 * BATCH, 11 * BATCH], "factor": float("nan")},
+    "diverged": {"positions": [7 * BATCH, 10**9], "factor": float("nan")},
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
+    """Every ZeRO stage in float32 and bf16 on two ranks, and more that needs two."""
+    folder = tmp_path_factory.mktemp("two")
+    few, more = f"train.images={FEW * BATCH}", f"train.images={2 * FEW * BATCH}"
+    cases = [case(f"zero{stage}-fp32", f"deepspeed.zero_stage={stage}", reference=True) for stage in STAGES]
+    cases += [
+        case(f"zero{stage}-bf16", f"deepspeed.zero_stage={stage}", "precision=bf16", few) for stage in STAGES
+    ]
+    cases += [
+        case(f"offload{stage}", f"deepspeed.zero_stage={stage}", "deepspeed.offload_optimizer=true", few)
+        for stage in (1, 2, 3)
+    ]
+    cases += [
+        case("accumulated", "batch.micro=2", few),
+        case("fp64", "precision=fp64", "deepspeed.zero_stage=0"),
+        case("nan", more, "deepspeed.zero_stage=3", poison=POISONED["nan"]),
+        case("spike", more, "guard.warmup_updates=5", poison=POISONED["spike"]),
+        case("rolled-back", more, "guard.skips=2", poison=POISONED["rolled-back"]),
+        case("diverged", "guard.skips=1", "guard.rollbacks=2", poison=POISONED["diverged"]),
+    ]
+    found = train(folder, shards, 2, cases)
+    (folder / "found.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.fixture
+def found(two_ranks: Path) -> dict[str, dict[str, Any]]:
+    """What rank 0 of two found, by case."""
+    content: dict[str, dict[str, Any]] = json.loads((two_ranks / "found.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    cases = [
+        case("fp32", "deepspeed.zero_stage=0"),
+        case("bf16", "deepspeed.zero_stage=0", "precision=bf16", f"train.images={FEW * BATCH}"),
+        case("fp64", "precision=fp64", "deepspeed.zero_stage=0"),
+    ]
+    train(folder, shards, 1, cases)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_zero_stage_on_two_ranks_trains_what_one_rank_does(
+    one_rank: Path, two_ranks: Path, stage: int
+) -> None:
+    run = Run(str(two_ranks / f"zero{stage}-fp32"))
+    assert run.manifest(run.live_checkpoints()[-1]).topology.zero_stage == stage
+    assert_same_trajectory(run, Run(str(one_rank / "fp32")))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_is_the_same_at_every_zero_stage(one_rank: Path, two_ranks: Path, stage: int) -> None:
+    run, first = (Run(str(two_ranks / f"zero{number}-bf16")) for number in (stage, 0))
+    # Weights that differ in their last bit may be rounded to different numbers of 8 bits.
+    assert_same_trajectory(run, first, FEW, distance=2e-3, loss=2e-3)
+    # And one rank computes batches of 8, two of 4: products in bf16 are rounded by the shape they have.
+    assert_same_trajectory(run, Run(str(one_rank / "bf16")), FEW, distance=1e-2, loss=1e-2)
+
+
+def test_bf16_is_not_float32(one_rank: Path) -> None:
+    runs = [Run(str(one_rank / precision)) for precision in ("bf16", "fp32")]
+    assert relative_l2(*(weights(run, steps=FEW) for run in runs)) > 1e-4
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_offloaded_optimizer_trains_the_same(one_rank: Path, two_ranks: Path, stage: int) -> None:
+    assert_same_trajectory(Run(str(two_ranks / f"offload{stage}")), Run(str(one_rank / "fp32")), FEW)
+
+
+def test_accumulation_trains_the_same(one_rank: Path, two_ranks: Path) -> None:
+    assert_same_trajectory(Run(str(two_ranks / "accumulated")), Run(str(one_rank / "fp32")), FEW)
+
+
+def test_in_float64_only_the_order_of_sums_differs(one_rank: Path, two_ranks: Path) -> None:
+    assert_same_trajectory(Run(str(two_ranks / "fp64")), Run(str(one_rank / "fp64")), STEPS, 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_averages_equal_unpartitioned_ones(found: dict[str, dict[str, Any]], stage: int) -> None:
+    assert found[f"zero{stage}-fp32"]["ema_difference"] <= 1e-6
+
+
+def test_three_ranks_with_an_uneven_batch(tmp_path: Path, one_rank: Path, shards: str) -> None:
+    few = f"train.images={FEW * BATCH}"
+    cases = [case("zero1"), case("zero3", "deepspeed.zero_stage=3", "batch.micro=1", few)]
+    train(tmp_path, shards, 3, cases)
+    whole = Run(str(one_rank / "fp32"))
+    assert_same_trajectory(Run(str(tmp_path / "zero1")), whole)
+    assert_same_trajectory(Run(str(tmp_path / "zero3")), whole, FEW)
+
+
+@pytest.mark.parametrize(("name", "dropped"), [("nan", 6), ("spike", 9)])
+def test_harmful_updates_are_dropped_and_recorded(
+    found: dict[str, dict[str, Any]], two_ranks: Path, name: str, dropped: int
+) -> None:
+    """NaN in one loss of update 6 or a spike in update 9, on two ranks: dropped, and all else applied."""
+    assert found[name]["injected"] > 0, "the fault must have happened"
+    assert found[name]["error"] is None
+    run = Run(str(two_ranks / name))
+    manifest = run.manifest(run.live_checkpoints()[-1])
+    assert manifest.skips == [(dropped * BATCH, (dropped + 1) * BATCH)]
+    assert (manifest.images, manifest.position) == (2 * FEW * BATCH, (2 * FEW + 1) * BATCH)
+    assert all(torch.isfinite(value).all() for value in weights(run, steps=2 * FEW).values())
+
+
+def test_beyond_the_budget_the_run_goes_back_and_passes_over(
+    found: dict[str, dict[str, Any]], two_ranks: Path
+) -> None:
+    """Updates 8 to 10 are poisoned: the third drop rolls back to the checkpoint at 6, past all of them."""
+    assert found["rolled-back"]["injected"] >= 3, "the fault must have happened"
+    assert found["rolled-back"]["error"] is None
+    run = Run(str(two_ranks / "rolled-back"))
+    first, second = run.attempts()
+    assert second.parent == f"{FEW * BATCH:010d}-000001"
+    assert (first.rollbacks, second.rollbacks, second.position) == (0, 1, 11 * BATCH)
+    manifest = run.manifest(run.live_checkpoints()[-1])
+    assert manifest.attempt == 2
+    assert manifest.skips == [(FEW * BATCH, 11 * BATCH)]
+    assert (manifest.images, manifest.position) == (2 * FEW * BATCH, (FEW + 11) * BATCH)
+    assert [row["images"] for row in metric_rows(run, [1])] == [BATCH * n for n in range(1, 9)], (
+        "what led to the rollback stays readable"
+    )
+
+
+def test_when_going_back_does_not_help_training_ends_with_one_line(
+    found: dict[str, dict[str, Any]], two_ranks: Path
+) -> None:
+    assert found["diverged"]["injected"] > 0, "the fault must have happened"
+    error = found["diverged"]["error"]
+    assert error.startswith("DivergedError: training diverged: 2 of the last 100 updates were dropped")
+    assert "optimizer.learning_rate" in error
+    assert "\n" not in error
+    run = Run(str(two_ranks / "diverged"))
+    assert [attempt.rollbacks for attempt in run.attempts()] == [0, 1, 2]
+    end = run.ended()
+    assert end is not None
+    assert end.outcome == "failed"
