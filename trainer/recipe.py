@@ -1,7 +1,8 @@
 """Typed recipes: one YAML file per experiment, `section.key=value` overrides, mistakes named with a remedy.
 
 `trainer/recipe_sections.py` holds the sections, `trainer/recipes/*.yaml` the published experiments. A recipe
-may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself.
+may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself; null takes one of its
+EMA profiles or evaluations out.
 """
 
 import dataclasses
@@ -254,10 +255,13 @@ def _content(text: str, where: str) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay one mapping over another, section by section."""
+    """Lay one mapping over another, section by section; null takes a section or a named profile out."""
     result = dict(base)
     for key, value in over.items():
         below = result.get(key)
+        if value is None and isinstance(below, dict):
+            del result[key]
+            continue
         result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return result
 
