@@ -6,6 +6,7 @@ update is applied, and the state, which is read and written through views and ne
 `save_checkpoint`.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ Allow = Callable[[float], bool]
 def init_process_group(environment: Environment, timeout_seconds: float) -> None:
     """Join the job's process group (NCCL on GPUs, gloo on CPUs) with an explicit time limit."""
     on_gpu = environment.device.type == "cuda"
+    # It warns of every optimizer that it does not know, ours among them.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if on_gpu:
         torch.cuda.set_device(environment.device)
     deepspeed.init_distributed(

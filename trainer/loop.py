@@ -28,6 +28,7 @@ from trainer.engine import Engine
 from trainer.flops import training_flops_per_image
 from trainer.guards import DivergedError, RollBackError
 from trainer.log_window import LogWindow
+from trainer.loggers import open_loggers
 from trainer.manifest import AttemptEnd, FileEntry, Manifest, Topology
 from trainer.peak_flops import device_peak_flops
 from trainer.profiler import StepProfiler
@@ -143,9 +144,8 @@ class Trainer:
         self.profiler = StepProfiler(run, session.attempt.attempt, ranks.rank, options.profile)
         self.writer = CheckpointWriter(run, ranks, self.engine, shapes)
         self.retention = Retention(run, recipe.checkpoint.keep)
-        self.metrics = MetricsLog(
-            run, session.attempt.attempt, self.state.images, tensorboard=recipe.logging.tensorboard
-        )
+        loggers = open_loggers(recipe.logging, run, session.attempt) if ranks.is_main else []
+        self.metrics = MetricsLog(run, session.attempt.attempt, self.state.images, loggers)
 
     def run_until(self, stop: StopRequest) -> StopReason:
         """Train to the end or to the first step boundary at which any rank wants to stop.

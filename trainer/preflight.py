@@ -8,6 +8,7 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.index import LoadedIndex
 from trainer.data import open_indexes
+from trainer.loggers import check_loggers
 from trainer.recipe import Recipe
 from trainer.recipe_sections import Precision
 from trainer.run import Run
@@ -42,6 +43,7 @@ def check_inputs(
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     if not on_gpu and recipe.precision in _GPU_ONLY:
         raise UserError(f"precision={recipe.precision}: a CPU cannot train in it; use bf16 or fp32")
+    check_loggers(recipe.logging)
     indexes, index_sha = open_indexes(recipe)
     for loaded in indexes:
         _check_data(recipe, loaded)

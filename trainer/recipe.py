@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_pipeline.documents import canonical_json, describe_first, sha256_hex
 from data_pipeline.errors import UserError
@@ -281,7 +281,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     holder = content
     for section in sections:
-        inner = holder.setdefault(section, {})
+        if holder.get(section) is None:
+            holder[section] = {}
+        inner = holder[section]
         if not isinstance(inner, dict):
             raise UserError(f"override {override!r}: {section!r} is a value, not a section")
         holder = inner
@@ -309,7 +311,13 @@ def _known_keys(path: list[str]) -> list[str]:
     named: dict[str, type[Section]] = {"ema": EmaProfile, "evaluation": EvaluationSpec}
     if path[0] in named:
         return list(named[path[0]].model_fields)
-    section = Recipe.model_fields[path[0]].annotation
-    assert isinstance(section, type)
-    assert issubclass(section, Section)
+    section: type[BaseModel] = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        # Of an optional section, e.g. logging.wandb, what it is if it is there.
+        (section,) = (kind for kind in (annotation, *get_args(annotation)) if _is_section(kind))
     return list(section.model_fields)
+
+
+def _is_section(kind: object) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)

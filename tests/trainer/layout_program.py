@@ -4,9 +4,10 @@
 start of processes serves a whole matrix of recipes: starting them costs more than these trainings do.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -84,32 +85,65 @@ class Averaged(Injected):
     last_difference = float("nan")
 
 
-def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest) -> dict[str, Any]:
+@contextlib.contextmanager
+def reductions() -> Iterator[set[str]]:
+    """Collect the precisions of all larger tensors that are reduced over the ranks meanwhile."""
+    seen: set[str] = set()
+
+    def noting(reduce: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            given = [*arguments, *named.values()]
+            seen.update(str(each.dtype) for each in given if isinstance(each, Tensor) and each.numel() >= 64)
+            return reduce(*arguments, **named)
+
+        return noted
+
+    with contextlib.ExitStack() as stack:
+        for name in (
+            "all_reduce",
+            "reduce",
+            "reduce_scatter",
+            "reduce_scatter_tensor",
+            "reduce_scatter_single",
+        ):
+            if hasattr(dist, name):
+                stack.enter_context(patch.object(dist, name, noting(getattr(dist, name))))
+        yield seen
+
+
+def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest, reduced: set[str]) -> dict[str, Any]:
     """Train one recipe to its end; return what became of it."""
     recipe = load_recipe("quickstart", case["overrides"])
     kind = Averaged if case.get("reference") else Injected
     Injected.injected, Averaged.last_difference = 0, float("nan")
     kind.poison = case.get("poison")
     error = None
+    reduced.clear()
     with patch.object(loop, "Trainer", kind):
         try:
             loop.train(recipe, Run(recipe.run), ranks, stop)
         except (DivergedError, FollowedError) as raised:
             error = f"{type(raised).__name__}: {raised}"
-    return {"error": error, "injected": Injected.injected, "ema_difference": Averaged.last_difference}
+    return {
+        "error": error,
+        "injected": Injected.injected,
+        "ema_difference": Averaged.last_difference,
+        "reduced_in": sorted(reduced),
+    }
 
 
 def main(arguments: Sequence[str]) -> None:
     """Train all cases of a JSON file; write this rank's findings beside `OUT`."""
     environment, stop = Environment.from_launcher(), StopRequest()
     cases, out = json.loads(Path(arguments[0]).read_text()), Path(f"{arguments[1]}.{environment.rank}")
-    init_process_group(environment, 120.0)
-    try:
-        ranks = Ranks(environment)
-        found = {case["name"]: run_case(case, ranks, stop) for case in cases}
-        out.write_text(json.dumps(found))
-    finally:
-        dist.destroy_process_group()
+    with reductions() as reduced:  # before DeepSpeed takes note of the functions
+        init_process_group(environment, 120.0)
+        try:
+            ranks = Ranks(environment)
+            found = {case["name"]: run_case(case, ranks, stop, reduced) for case in cases}
+            out.write_text(json.dumps(found))
+        finally:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

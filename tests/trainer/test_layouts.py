@@ -190,6 +190,11 @@ def test_bf16_is_the_same_at_every_zero_stage(one_rank: Path, two_ranks: Path, s
     assert_same_trajectory(run, Run(str(one_rank / "bf16")), FEW, distance=1e-2, loss=1e-2)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_under_bf16_gradients_are_reduced_in_float32(found: dict[str, dict[str, Any]], stage: int) -> None:
+    assert found[f"zero{stage}-bf16"]["reduced_in"] == ["torch.float32"]
+
+
 def test_bf16_is_not_float32(one_rank: Path) -> None:
     runs = [Run(str(one_rank / precision)) for precision in ("bf16", "fp32")]
     assert relative_l2(*(weights(run, steps=FEW) for run in runs)) > 1e-4

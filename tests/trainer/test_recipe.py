@@ -16,6 +16,7 @@ def test_every_shipped_recipe_loads_and_round_trips() -> None:
     assert set(recipe_names()) == {
         "quickstart",
         "cifar10",
+        "cifar10_small",
         "celebahq256",
         "lsun_church",
         "lsun_bedroom",
@@ -173,3 +174,20 @@ def test_hash_is_of_the_trajectory_alone() -> None:
         changed = load_recipe("quickstart", [override])
         assert changed.sha256 != base.sha256, override
         assert len(differences(base, changed)) == 1
+
+
+def test_null_takes_a_profile_of_the_extended_recipe_out() -> None:
+    assert set(load_recipe("cifar10").ema) == {"paper"}
+    assert set(load_recipe("cifar10_small").ema) == {"main", "narrow", "wide"}
+
+
+def test_a_section_that_is_not_there_can_be_given_key_by_key() -> None:
+    stored = load_recipe("quickstart").to_yaml()
+    assert "wandb: null" in stored
+    recipe = parse_recipe(stored, "stored", ["logging.wandb.project=mine"])
+    assert recipe.logging.wandb is not None
+    assert recipe.logging.wandb.project == "mine"
+    with pytest.raises(
+        UserError, match=r"unknown key logging\.wandb\.projct; nearest .*\.project"
+    ):
+        parse_recipe(stored, "stored", ["logging.wandb.project=mine", "logging.wandb.projct=mine"])
