@@ -54,6 +54,19 @@ def test_shapes_and_cursor(digits_url: str) -> None:
         assert batches.counts.rereads == 0
 
 
+def test_a_small_data_set_is_not_read_for_epochs_ahead(digits_url: str) -> None:
+    """However much may be held, reading stops two windows ahead; a whole epoch takes less than that here."""
+    epoch = sum(entry.bytes for entry in load_index(digits_url).shards("train"))
+    most = max(2 * epoch, 8 << 20)
+    with stream(digits_url, prefetch_bytes=1 << 30, window_shards=100) as batches:
+        for _ in range(3 * most // epoch * batches.epoch_size // 100):
+            delivered = next(batches).positions[-1]
+            # What was delivered and what is decoded, what may be ahead, and the requests under way.
+            read = batches.counts.bytes
+            assert read <= (delivered / batches.epoch_size + 3) * epoch + most, "read too far ahead"
+        assert read > most, "the bound must have been reached"
+
+
 def test_one_epoch_holds_every_picture_once(digits_url: str) -> None:
     size = load_index(digits_url).index.samples("train")
     with stream(digits_url, global_batch=size) as batches:
