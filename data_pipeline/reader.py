@@ -31,6 +31,8 @@ LARGEST_RANGE: Final = 8 << 20
 """Most bytes of one request, unless a single member is larger."""
 MEMBER_TRIES: Final = 5
 """Independent reads of a member: if every tenth is damaged on its way, one in 100,000 is so five times."""
+MEMBER_OVERHEAD: Final = 1 << 10
+"""Bytes that a member in memory takes besides its own, in views and lists; they outweigh a tiny picture."""
 GAP: Final = 64 << 10
 """Reading over so many unwanted bytes costs less than another request."""
 _DENSE: Final = 0.75  # of what a request brings, from which on it is kept as it is
@@ -92,7 +94,7 @@ class RangeRequest:
         places: int64 [m], which of the members that were planned for these are.
         members: int64 [m], their numbers within the shard.
         records: RECORD [m].
-        held: Bytes that its members keep in memory.
+        kept: Bytes of what it brings that are kept for its members.
     """
 
     shard: int
@@ -101,12 +103,17 @@ class RangeRequest:
     places: Int64Array
     members: Int64Array
     records: Records
-    held: int
+    kept: int
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that its members take."""
+        return self.kept + MEMBER_OVERHEAD * len(self.members)
 
     @property
     def is_sparse(self) -> bool:
         """True if much of what is read is unwanted: members are then copied out of it."""
-        return self.held < self.stop - self.start
+        return self.kept < self.stop - self.start
 
 
 class ReadCounts(NamedTuple):
@@ -193,9 +200,9 @@ class ShardReader:
                 places = asked[group]
                 start, stop = int(starts[group[0]]), int(stops[group].max())
                 wanted = int((stops[group] - starts[group]).sum())
-                held = wanted if wanted < _DENSE * (stop - start) else stop - start
+                kept = wanted if wanted < _DENSE * (stop - start) else stop - start
                 requests.append(
-                    RangeRequest(shard, start, stop, places, members[places], records[group], held)
+                    RangeRequest(shard, start, stop, places, members[places], records[group], kept)
                 )
         return sorted(requests, key=lambda request: int(request.places.min()))
 
@@ -210,7 +217,7 @@ class ShardReader:
         """
         data = np.frombuffer(self._read_range(request.shard, request.start, request.stop), np.uint8)
         # Kept in memory of our own: what the storage client allocated is free for its next answer at once.
-        kept = self._buffers.array((request.held,))
+        kept = self._buffers.array((request.kept,))
         begin = 0
         if not request.is_sparse:
             kept[:] = data

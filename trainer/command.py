@@ -58,12 +58,23 @@ def train(
     ] = 2,
     allow: Allowed = None,
     profile: Profile = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Show batches, memory, storage traffic and time; start nothing.")
+    ] = False,
+    images_per_second: Annotated[
+        float | None,
+        typer.Option("--images-per-second", min=1e-9, help="Of the whole job, for --dry-run's times."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
 ) -> None:
     """Train RECIPE on this node; the same command resumes an existing run.
 
     Needed: run=FOLDER_OR_URL (the run directory) and data.url=FOLDER_OR_URL (shards of `ddpm data build`).
     Exit codes: 0 finished, 1 failed, 2 user's mistake, 75 stopped early: start it again to go on.
     """
+    if dry:
+        _show_plan(recipe, overrides or [], ranks, num_nodes, images_per_second, allow or [], as_json=as_json)
+        return
     from trainer.supervisor import Placement, supervise
 
     logging.basicConfig(level=logging.INFO, format="[supervisor] %(message)s", stream=sys.stderr)
@@ -80,6 +91,43 @@ def worker(
     from trainer.worker import main
 
     raise typer.Exit(main(recipe, overrides or [], allow or [], profile))
+
+
+def _show_plan(
+    recipe_name: str,
+    overrides: list[str],
+    ranks: int | None,
+    nodes: int,
+    images_per_second: float | None,
+    allowed: list[str],
+    *,
+    as_json: bool,
+) -> None:
+    import torch
+    from rich.console import Console
+
+    from trainer.dry_run import dry_run
+    from trainer.dry_run_report import report
+    from trainer.peak_flops import device_peak_flops
+    from trainer.recipe import load_recipe
+    from trainer.run import Run
+
+    recipe = load_recipe(recipe_name, overrides)
+    gpus = torch.cuda.device_count()
+    plan = dry_run(
+        recipe,
+        Run(recipe.run) if recipe.run else None,
+        ranks or gpus or 1,
+        nodes,
+        images_per_second=images_per_second,
+        peak=device_peak_flops(torch.device("cuda", 0), recipe.precision) if gpus else None,
+        gpu_gib=torch.cuda.get_device_properties(0).total_memory / 2**30 if gpus else None,
+        allowed=allowed,
+    )
+    if as_json:
+        print(plan.to_json().decode(), end="")
+    else:
+        Console().print(report(plan))
 
 
 def report_errors(program: Callable[[], None]) -> None:
