@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import pydantic
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
 from data_pipeline.documents import describe_first
@@ -43,6 +44,20 @@ def init_process_group(environment: Environment, timeout_seconds: float) -> None
         timeout=timedelta(seconds=timeout_seconds),
         verbose=False,
     )
+
+
+def check_config(recipe: Recipe) -> None:
+    """Let DeepSpeed judge what the user gave it, before anything is started.
+
+    Raises:
+        UserError: It refuses a key or value of `deepspeed.config.zero_optimization`.
+    """
+    config = build_config(recipe, micro_steps=1, parameters=2, on_gpu=False)
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except pydantic.ValidationError as error:
+        where = "deepspeed.config.zero_optimization"
+        raise UserError(f"{where}: {describe_first(error)}; see DeepSpeed's documentation") from error
 
 
 @dataclass(frozen=True)
@@ -85,9 +100,6 @@ class Engine:
         model: The network, float32, with the same weights on every rank.
         ranks: The processes of the job.
         micro_steps: Forward and backward passes per optimizer update on this rank.
-
-    Raises:
-        UserError: DeepSpeed refuses a value of `deepspeed.config`.
     """
 
     def __init__(self, recipe: Recipe, model: UNet, ranks: Ranks, micro_steps: int) -> None:
@@ -104,14 +116,9 @@ class Engine:
             compile_blocks(model)
         self._adam = _adam(recipe.optimizer, model)
         config = build_config(recipe, micro_steps, size, on_gpu=self._device.type == "cuda")
-        try:
-            self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=model, optimizer=self._adam, config=config, dist_init_required=False
-            )
-        except pydantic.ValidationError as error:
-            raise UserError(
-                f"deepspeed.config: {describe_first(error)}; see DeepSpeed's documentation"
-            ) from error
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=model, optimizer=self._adam, config=config, dist_init_required=False
+        )
         # DeepSpeed reduces no float64.
         self._engine.enable_backward_allreduce = self._precision is not Precision.FP64
         self.partition = self._divide(names, ranks)

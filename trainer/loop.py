@@ -24,7 +24,7 @@ from trainer.data import open_stream
 from trainer.diffusion.losses import training_losses
 from trainer.distributed import Ranks
 from trainer.ema import PartitionedEma
-from trainer.engine import Engine
+from trainer.engine import Engine, check_config
 from trainer.flops import training_flops_per_image
 from trainer.guards import DivergedError, RollBackError
 from trainer.log_window import LogWindow
@@ -74,6 +74,7 @@ def train(
         DivergedError: Too many updates were dropped, and going back did not help.
         StorageFault: The store failed for longer than the retries last.
     """
+    check_config(recipe)
     session = ranks.on_main(lambda: open_session(recipe, run, ranks.world, options.allowed))
     stop.start_budget(recipe.train.max_minutes)
     while True:
