@@ -1,8 +1,8 @@
 """Typed recipes: one YAML file per experiment, `section.key=value` overrides, mistakes named with a remedy.
 
 `trainer/recipe_sections.py` holds the sections, `trainer/recipes/*.yaml` the published experiments. A recipe
-may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself; null takes one of its
-EMA profiles or evaluations out.
+may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself; null takes out one of
+its EMA profiles or evaluations.
 """
 
 import dataclasses
@@ -84,8 +84,8 @@ class Recipe(Section):
         powered = any(profile.std is not None for profile in self.ema.values())
         if self.checkpoint.snapshot_every_images is not None and not powered:
             raise ValueError(
-                "checkpoint.snapshot_every_images: only averages with a std are kept as snapshots; add one, e.g. "
-                "ema.narrow={std: 0.05}"
+                "checkpoint.snapshot_every_images: only averages with a std are kept as snapshots; "
+                "add one, e.g. ema.narrow={std: 0.05}"
             )
         stage = self.deepspeed.zero_stage
         if self.precision is Precision.FP64 and stage != 0:

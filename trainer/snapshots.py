@@ -8,13 +8,12 @@ same moment, whether or not there is one; where there is one, the same numbers a
 
 import logging
 from collections.abc import Mapping
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import safetensors.torch
 from torch import Tensor
 
 from data_pipeline.documents import Document, sha256_hex
-from data_pipeline.storage import Storage
 from trainer.checkpoint import SupersededError, ema_file, read_verified
 from trainer.clock import is_due
 from trainer.manifest import FileRecord, Manifest, checkpoint_name, is_checkpoint_name, parse_checkpoint_name

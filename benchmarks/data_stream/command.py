@@ -124,7 +124,7 @@ def _measure(options: Options, place: Site) -> DataStreamResult:
         place.write_formats([name for name in (MOSAIC, LITDATA) if name not in place.missing])
         speed = measure_speed(place, options.repeats)
     if "resume" in options.parts:
-        starts = measure_resume(place)
+        starts = measure_resume(place, options.repeats)
     if "faults" in options.parts:
         faults = measure_faults(place, options.repeats, FLIPS if options.faults else 0)
     if "memory" in options.parts:

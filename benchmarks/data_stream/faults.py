@@ -7,10 +7,11 @@ from typing import Final, NamedTuple
 from benchmarks.data_build.running import Rate
 from benchmarks.data_stream.bars import at_least, at_most, by_cpu
 from benchmarks.data_stream.contenders import OURS
-from benchmarks.data_stream.process import ContenderProcess, Hang
+from benchmarks.data_stream.process import ContenderProcess
 from benchmarks.data_stream.site import Site
 from benchmarks.data_stream.speed import RATE_HEADER
 from benchmarks.harness import Load, Record, take_turns, tree_seconds
+from benchmarks.process import Hang
 from benchmarks.report import Bar, ratio_bar, table
 from tests.fault_plan import Fault
 from tests.fault_proxy import ProxyProcess

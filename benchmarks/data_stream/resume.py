@@ -13,8 +13,6 @@ from tests.fault_proxy import ProxyProcess
 FRACTIONS: Final = (0.1, 0.5, 0.9)
 RESUME_BATCH: Final = 256
 """Pictures of a batch: of fewer, their own sizes would differ by more than what is measured."""
-_STARTS: Final = 5
-"""Starts, a batch apart, that are averaged at each place, for the same reason."""
 SPREAD_TARGET: Final = 1.05
 LIMIT_BYTES: Final = 32 << 20
 """And two batches."""
@@ -44,10 +42,15 @@ class Start(Record):
         return self.contender, f"{self.fraction:.0%}", f"{self.requests:.1f}", f"{self.bytes:,.0f}"
 
 
-def measure_resume(site: Site) -> list[Start]:
-    """Start ours at several places and let WebDataset skip to the last of them."""
+def measure_resume(site: Site, repeats: int) -> list[Start]:
+    """Start ours at several places and let WebDataset skip to the last of them.
+
+    Args:
+        site: Where.
+        repeats: Starts, a batch apart, that are averaged at each place: of few pictures sizes differ.
+    """
     with ProxyProcess(site.server.endpoint) as proxy:
-        starts = [_start(site, proxy, OURS, fraction, _STARTS) for fraction in FRACTIONS]
+        starts = [_start(site, proxy, OURS, fraction, repeats) for fraction in FRACTIONS]
         starts.append(_start(site, proxy, STOCK, FRACTIONS[-1], 1))
     print(table(RESUME_HEADER, [start.row() for start in starts]))
     return starts

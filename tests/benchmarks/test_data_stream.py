@@ -23,10 +23,10 @@ from benchmarks.data_stream.contenders import (
 )
 from benchmarks.data_stream.faults import Faults
 from benchmarks.data_stream.memory import Memory, memory_bars
-from benchmarks.data_stream.process import Hang
 from benchmarks.data_stream.resume import Start, resume_bars
 from benchmarks.data_stream.site import Site, site, write_pictures
 from benchmarks.data_stream.speed import Speed
+from benchmarks.process import Hang
 
 PICTURES = 200
 

@@ -187,7 +187,5 @@ def test_a_section_that_is_not_there_can_be_given_key_by_key() -> None:
     recipe = parse_recipe(stored, "stored", ["logging.wandb.project=mine"])
     assert recipe.logging.wandb is not None
     assert recipe.logging.wandb.project == "mine"
-    with pytest.raises(
-        UserError, match=r"unknown key logging\.wandb\.projct; nearest .*\.project"
-    ):
+    with pytest.raises(UserError, match=r"unknown key logging\.wandb\.projct; nearest .*\.project"):
         parse_recipe(stored, "stored", ["logging.wandb.project=mine", "logging.wandb.projct=mine"])

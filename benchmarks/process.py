@@ -1,0 +1,95 @@
+"""A contender in a process of its own, which answers one JSON line for every JSON line."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from trainer.tether import tethered
+
+ANSWER_SECONDS = 900.0
+"""Longer than anything takes that does not hang."""
+
+
+class Hang(RuntimeError):
+    """A process did not answer in time."""
+
+
+class AnsweringProcess:
+    """A process that is told its job and then asked, as a context manager; it ends with its stdin.
+
+    A process each, because contenders keep threads, caches and shared memory, and so that processor time
+    counts for one of them alone.
+
+    Args:
+        module: What runs in it; its stdout is for answers only.
+        name: In messages.
+        job: The first line it gets, JSON.
+        env: Added to this process's environment.
+        log: What it prints goes there.
+    """
+
+    def __init__(self, module: str, name: str, job: str, env: Mapping[str, str], log: Path) -> None:
+        self._module, self._name, self._first, self._log = module, name, job, log
+        self._env = {**os.environ, **env}
+
+    def __enter__(self) -> Self:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                tethered([sys.executable, "-m", self._module]),
+                cwd=Path(__file__).parents[1],
+                env=self._env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        self._send(self._first)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:  # closes both pipes
+            pass
+
+    def ask(self, do: str, *, seconds: float = ANSWER_SECONDS, **arguments: object) -> Any:
+        """Let it do something and return its answer.
+
+        Raises:
+            Hang: No answer in so many seconds; the process is killed.
+            ChildProcessError: It has ended.
+        """
+        self.tell(do, **arguments)
+        return self.answer(do, seconds=seconds)
+
+    def tell(self, do: str, **arguments: object) -> None:
+        """Let it do something; `answer` is to be called next."""
+        self._send(json.dumps({"do": do, **arguments}))
+
+    def answer(self, do: str, *, seconds: float = ANSWER_SECONDS) -> Any:
+        """Return its answer to what it was told.
+
+        Raises:
+            Hang: No answer in so many seconds; the process is killed.
+            ChildProcessError: It has ended.
+        """
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            self._process.kill()
+            raise Hang(f"{self._name}: no answer to {do!r} in {seconds:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            end = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+            raise ChildProcessError(f"{self._name} has ended at {do!r}; end of its log:\n{end}")
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """End it at once, whatever it is waiting for."""
+        self._process.kill()
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.flush()
