@@ -215,16 +215,14 @@ def dry_run(
     arithmetic = _arithmetic(recipe, schedule)
     memory = memory_by_stage(recipe, ranks, batch.micro_steps, batch.micro_batch)
     data = plan_data(recipe, ranks, ranks_per_node) if recipe.data.url else None
-    layout = [(row.zero_stage, row.offload_optimizer) for row in memory].index(
-        (recipe.deepspeed.zero_stage, recipe.deepspeed.offload_optimizer)
-    )
+    section = recipe.deepspeed
+    layouts = [(row.zero_stage, row.offload_optimizer) for row in memory]
+    layout = layouts.index((section.zero_stage, section.offload_optimizer))
     sent = bytes_sent(recipe, ranks, batch.micro_steps)
     rate, basis = forecast_speed(batch, arithmetic.executed, history, told=images_per_second, peak=peak)
     speed = Speed(images_per_second=None, basis=basis)
     if rate is not None:
         speed = _speed(recipe, schedule, data, batch, sent, rate, basis)
-    cards = sorted({*CARDS_GIB, *([round(gpu_gib)] if gpu_gib else [])})
-    decoded = (recipe.data.prefetch_batches + _BATCHES_IN_USE) * batch.most
     return DryRun(
         run=run.url if run else "",
         precision=recipe.precision.value,
@@ -236,20 +234,30 @@ def dry_run(
         arithmetic=arithmetic,
         memory=memory,
         layout=layout,
-        micro_batches={
-            card: largest_micro_batch(recipe, memory[layout], int(USABLE_SHARE * card * 2**30))
-            for card in cards
-        },
+        micro_batches=_micro_batches(recipe, memory[layout], gpu_gib),
         sent=sent,
-        host=Host(
-            coded=recipe.data.prefetch_mib << 20,
-            decoded=decoded * recipe.image.size**2 * recipe.image.channels,
-            offloaded=memory[layout].host,
-        ),
+        host=_host(recipe, batch, memory[layout]),
         data=data,
         speed=speed,
         max_minutes=recipe.train.max_minutes,
         gpu_gib=gpu_gib,
+    )
+
+
+def _micro_batches(recipe: Recipe, memory: RankMemory, gpu_gib: float | None) -> dict[int, int]:
+    cards = {*CARDS_GIB, *([round(gpu_gib)] if gpu_gib else [])}
+    return {
+        card: largest_micro_batch(recipe, memory, int(USABLE_SHARE * card * 2**30)) for card in sorted(cards)
+    }
+
+
+def _host(recipe: Recipe, batch: BatchPlan, memory: RankMemory) -> Host:
+    image, data = recipe.image, recipe.data
+    pictures = (data.prefetch_batches + _BATCHES_IN_USE) * batch.most
+    return Host(
+        coded=data.prefetch_mib << 20,
+        decoded=pictures * image.size**2 * image.channels,
+        offloaded=memory.host,
     )
 
 

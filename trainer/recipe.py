@@ -1,8 +1,8 @@
 """Typed recipes: one YAML file per experiment, `section.key=value` overrides, mistakes named with a remedy.
 
 `trainer/recipe_sections.py` holds the sections, `trainer/recipes/*.yaml` the published experiments. A recipe
-may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself; null takes out one of
-its EMA profiles or evaluations.
+may begin with `extends: NAME`: it is then that recipe, but for the keys it gives itself; null takes out one
+of its EMA profiles or evaluations.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
@@ -71,6 +71,7 @@ def text_of(plan: DryRun) -> str:
     return console.file.getvalue()
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 100), ranks=st.integers(1, 40), micro=st.one_of(st.none(), st.integers(1, 100)))
 def test_batches_are_divided_as_training_divides_them(total: int, ranks: int, micro: int | None) -> None:
     micro = None if micro is None else min(micro, total)
@@ -103,25 +104,11 @@ def test_micro_steps_are_the_loops() -> None:
 def test_the_schedule_is_the_one_that_training_runs(
     tmp_path: Path, start: int, images: int, every: int
 ) -> None:
-    recipe = tiny(
-        "batch.total=13",
-        f"train.images={images}",
-        f"checkpoint.every_images={every}",
-        f"logging.every_images={2 * every}",
-        "optimizer.warmup_images=100",
-        "ema={main: {std: 0.1}}",
-        "evaluation={}",
-    )
-    run = make_run(
-        str(tmp_path),
-        recipe_overrides=[
-            "batch.total=13",
-            "ema={main: {std: 0.1}}",
-            "evaluation={}",
-            "optimizer.warmup_images=100",
-        ],
-        images_list=(start,) if start else (),
-    )
+    ema = ["ema.main={half_life_images: null, half_life_share: null, std: 0.1}"]
+    same = ["batch.total=13", "optimizer.warmup_images=100", *ema]
+    pace = [f"checkpoint.every_images={every}", f"logging.every_images={2 * every}"]
+    recipe = tiny(f"train.images={images}", *pace, *same)
+    run = make_run(str(tmp_path), recipe_overrides=same, images_list=(start,) if start else ())
     seen, updates, saves, rows, published = start, 0, 0, 0, start or None
     while seen < images:  # as `Trainer.run_until` goes on
         before, seen, updates = seen, seen + 13, updates + 1
