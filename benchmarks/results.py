@@ -15,6 +15,7 @@ import numpy as np
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from benchmarks.report import table
 from eval.results import ResultBook, books
@@ -73,11 +74,10 @@ def checkpoints_table(run: Run, rows: Sequence[dict[str, Any]], distances: dict[
     return table(CHECKPOINT_HEADER, lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], book: ResultBook, file: Path) -> None:
-    """Draw loss and distance over images into one picture."""
-    name, held_out = book.protocol.features.distance_name, book.held_out()
-    distances = [(result.images / 1000, result.metrics[name].value) for result in book.results()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+def draw(rows: Sequence[dict[str, Any]], book: ResultBook | None, file: Path) -> None:
+    """Draw the loss and, if the run was evaluated, the distance over images into one picture."""
+    figure, axes = plt.subplots(1, 2 if book else 1, figsize=(10 if book else 5, 3.6), layout="constrained")
+    left = np.atleast_1d(axes)[0]
     images, loss = (np.array([row[key] for row in rows], dtype=float) for key in ("images", "loss"))
     left.plot(images / 1000, loss, color="0.8", linewidth=0.8, label="one row of metrics")
     if len(loss) >= _SMOOTHED:
@@ -85,13 +85,20 @@ def draw(rows: Sequence[dict[str, Any]], book: ResultBook, file: Path) -> None:
         left.plot(images[_SMOOTHED - 1 :] / 1000, smooth, label=f"mean of {_SMOOTHED}")
     left.set(xlabel="thousand images", ylabel="L_simple", yscale="log")
     left.legend()
+    if book is not None:
+        _draw_distances(book, axes[1])
+    figure.savefig(file, dpi=110)
+
+
+def _draw_distances(book: ResultBook, right: Axes) -> None:
+    name, held_out = book.protocol.features.distance_name, book.held_out()
+    distances = [(result.images / 1000, result.metrics[name].value) for result in book.results()]
     right.plot(*zip(*distances, strict=True), marker="o")
     if held_out is not None:
         label = f"{held_out.samples} real held-out pictures"
         right.axhline(held_out.metrics[name].value, linestyle=":", color="0.5", label=label)
         right.legend()
     right.set(xlabel="thousand images", ylabel=name, yscale="log")
-    figure.savefig(file, dpi=110)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -105,11 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for results-curves.png")
     options = parser.parse_args(arguments)
     run = Run(options.run)
-    book = books(run)[0]
-    name = book.protocol.features.distance_name
+    book = next((book for book in books(run) if book.results()), None)
+    distances: dict[str, float] = {}
+    if book is not None:
+        name = book.protocol.features.distance_name
+        distances = {result.checkpoint: result.metrics[name].value for result in book.results()}
     rows = live_rows(run)
     print(attempts_table(run), end="\n\n")
-    print(checkpoints_table(run, rows, {r.checkpoint: r.metrics[name].value for r in book.results()}))
+    print(checkpoints_table(run, rows, distances))
     draw(rows, book, options.out / "results-curves.png")
 
 

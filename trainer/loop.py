@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.device import DeviceBatch, DeviceStream
-from data_pipeline.order import rank_slice
 from data_pipeline.progress import Progress
 from data_pipeline.stream import StreamCounts
 from trainer import checkpoint as checkpoints
+from trainer.batches import micro_steps
 from trainer.clock import adam_epsilon, is_due, learning_rate
 from trainer.data import open_stream
 from trainer.diffusion.losses import training_losses
@@ -389,10 +389,3 @@ class Trainer:
             }
         )
         self.ranks.on_main(lambda: self.run.end_attempt(end))
-
-
-def micro_steps(recipe: Recipe, world: int) -> int:
-    """Forward and backward passes per update: enough that no rank holds more than `batch.micro` images."""
-    share = rank_slice(recipe.batch.total, 0, world)
-    largest: int = share.stop - share.start
-    return math.ceil(largest / min(recipe.batch.micro or largest, largest))

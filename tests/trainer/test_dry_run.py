@@ -25,7 +25,7 @@ from data_pipeline.sources.digits import DigitsSource
 from data_pipeline.sources.folder import FolderSource
 from tests.support import TINY, make_run, publish_checkpoint
 from trainer import checkpoint as checkpoints
-from trainer.batches import micro_steps, plan_batches
+from trainer.batches import plan_batches
 from trainer.clock import is_due, learning_rate
 from trainer.collectives import bytes_sent
 from trainer.data import open_stream
@@ -89,14 +89,6 @@ def test_batches_are_divided_as_training_divides_them(total: int, ranks: int, mi
     assert plan.padding == sum(len(chunk) == 0 for own in chunks for chunk in own)
     assert plan.ranks_with_most * plan.most + (ranks - plan.ranks_with_most) * plan.least == total
     assert 0 < plan.balance <= 1
-
-
-def test_micro_steps_are_the_loops() -> None:
-    from trainer import loop  # takes seconds: it imports DeepSpeed
-
-    for total, micro, ranks in ((128, 16, 8), (7, 2, 3), (64, None, 5), (10, 1, 3)):
-        recipe = tiny(f"batch.total={total}", f"batch.micro={'null' if micro is None else micro}")
-        assert micro_steps(recipe, ranks) == loop.micro_steps(recipe, ranks)
 
 
 @pytest.mark.parametrize("start", [0, 130, 1_000])
