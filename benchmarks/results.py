@@ -1,4 +1,4 @@
-"""`python -m benchmarks.results RUN --out docs/images`: what docs/results.md shows of a run.
+"""`python -m benchmarks.results RUN --out FOLDER`: a run in one picture and two tables.
 
 Draws the loss and the distance over images, from the metrics that the run's lineage published and from its
 evaluation, and prints the tables: attempts, and checkpoints with their hashes. Nothing is left out.
