@@ -1,12 +1,13 @@
 """Versioned JSON documents: every file of ours carries `"schema": "name/major"`.
 
 The pydantic models that subclass `Document` are the definition of the formats; `docs/format.md`
-describes them. Within one major version keys may be added, so unknown keys are ignored on reading;
-another major version is refused by name.
+describes them. Within one major version keys may be added, so unknown keys are ignored on reading.
+Of an older major version a document says how it becomes the next one; any other version is refused by name.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,12 +26,18 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+"""Makes a document's content, `schema` included, that of the next major version."""
+
+
 class Document(BaseModel):
     """Base of every JSON file we write; a subclass names its format in `SCHEMA` ("name/major")."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     SCHEMA: ClassVar[str]
+    MIGRATIONS: ClassVar[Mapping[str, Migration]] = {}
+    """By older schema; they are applied one after the other. Files stay as they are."""
 
     def to_json(self) -> bytes:
         """Serialise with `schema` first, two-space indentation and a final newline (UTF-8)."""
@@ -52,6 +59,8 @@ class Document(BaseModel):
             content = json.loads(data)
         except ValueError as error:
             raise UserError(f"{where}: not valid JSON ({error}); the file is damaged or not ours") from error
+        while isinstance(content, dict) and content.get("schema") in cls.MIGRATIONS:
+            content = cls.MIGRATIONS[content["schema"]](content)
         found = content.get("schema") if isinstance(content, dict) else None
         if found != cls.SCHEMA:
             raise UserError(

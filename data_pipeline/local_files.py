@@ -1,5 +1,6 @@
 """The local disk as a backend of `Storage`: atomic, durable files (temporary name, fsync, link or rename)."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -47,6 +48,10 @@ class LocalFiles:
         """Write a file piece by piece where it belongs; no scratch is needed."""
         self._publish(path, fill, os.replace)
 
+    def stream(self, path: str, fill: Callable[[BinaryIO], object]) -> None:
+        """Write a file piece by piece, replacing an old one atomically."""
+        self._publish(path, fill, os.replace)
+
     def list(self, path: str) -> list[str]:
         """Names of the immediate children, sorted; empty if the folder is absent."""
         try:
@@ -63,6 +68,16 @@ class LocalFiles:
     def delete(self, path: str) -> None:
         """Remove a file; absent is fine."""
         Path(path).unlink(missing_ok=True)
+
+    def delete_folder(self, path: str) -> None:
+        """Remove a folder and all below it; absent is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """Sizes of all files below a folder, those being written included."""
+        files = (file for file in Path(path).rglob("*") if file.is_file())
+        return {str(file.relative_to(path)): file.stat().st_size for file in files}
 
     def sweep(self, path: str) -> None:
         """Remove what killed processes were writing."""

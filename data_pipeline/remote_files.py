@@ -30,6 +30,8 @@ Fill = Callable[[BinaryIO], object]
 
 _S3: Final = ("s3", "s3a")
 _CONNECT_SECONDS: Final = 5
+_PIECE_BYTES: Final = 16 << 20
+"""How much of a streamed file is held in memory before it is sent."""
 _CREDENTIALS_FOR: Final = datetime.timedelta(minutes=5)
 """How long obstore keeps credentials before it asks the standard chain again, which renews them itself."""
 
@@ -107,6 +109,18 @@ class RemoteFiles:
             file.flush()
             self.upload(path, Path(file.name))
 
+    def stream(self, path: str, fill: Fill) -> None:
+        """Send a file piece by piece (S3: a multipart upload), completed only if `fill` came to its end."""
+        file = self._fs.open(path, "wb", block_size=_PIECE_BYTES)
+        try:
+            fill(file)
+        except BaseException:
+            # Closing would complete what is there so far.
+            file.closed = True
+            file.discard()
+            raise
+        file.close()
+
     def list(self, path: str) -> list[str]:
         """Names of the immediate children; a store without such a prefix answers nothing."""
         try:
@@ -123,6 +137,17 @@ class RemoteFiles:
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "not an object", path)
         return int(info["size"])
+
+    def delete_folder(self, path: str) -> None:
+        """Remove all objects of a prefix; none is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm(path, recursive=True)
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """Sizes of all objects of a prefix."""
+        found = self._fs.find(path, detail=True)
+        files = {name: info for name, info in found.items() if info["type"] == "file"}
+        return {name.removeprefix(f"{path}/"): int(info["size"]) for name, info in files.items()}
 
     def sweep(self, path: str) -> None:
         """Nothing: an object is there whole or not at all."""

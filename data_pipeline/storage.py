@@ -63,6 +63,9 @@ class Backend(Protocol):
     def fill(self, path: str, fill: Fill, scratch: Path) -> None:
         """Write a large file piece by piece, replacing an old one; see `Storage.fill`."""
 
+    def stream(self, path: str, fill: Fill) -> None:
+        """Write a large file piece by piece without a local copy; see `Storage.stream`."""
+
     def list(self, path: str) -> list[str]:
         """Names of the immediate children, sorted; empty if the folder is absent."""
 
@@ -71,6 +74,12 @@ class Backend(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove a file; absent is fine."""
+
+    def delete_folder(self, path: str) -> None:
+        """Remove a folder and all below it; absent is fine."""
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """Sizes in bytes of all files below a folder, by path within it; empty if the folder is absent."""
 
     def sweep(self, path: str) -> None:
         """Remove from a folder what killed processes were writing."""
@@ -219,6 +228,17 @@ class Storage:
         """
         self._attempt(path, lambda full: self._backend.fill(full, fill, scratch))
 
+    def stream(self, path: str, fill: Fill) -> None:
+        """Write a large file piece by piece, replacing an old one; readers see all of it or nothing.
+
+        Unlike `fill` it needs no scratch folder: what goes to a remote storage is held in pieces of 16 MiB.
+
+        Args:
+            path: Where to.
+            fill: Writes the content to an open file; called again after a fault.
+        """
+        self._attempt(path, lambda full: self._backend.stream(full, fill))
+
     def list(self, path: str = "") -> list[str]:
         """Names of the immediate children of a sub-folder, sorted; empty if there is no such folder."""
         return self._attempt(path, lambda full: self._backend.list(full))
@@ -242,6 +262,15 @@ class Storage:
     def delete(self, path: str) -> None:
         """Remove a file; it is no error if there is none."""
         self._attempt(path, lambda full: self._backend.delete(full))
+
+    def delete_folder(self, path: str) -> None:
+        """Remove a sub-folder and all below it; it is no error if there is none."""
+        assert path, "a storage's own folder is not to be removed"
+        self._attempt(path, lambda full: self._backend.delete_folder(full))
+
+    def sizes(self, path: str = "") -> dict[str, int]:
+        """Sizes in bytes of all files below a sub-folder, by path within it; empty if there is none."""
+        return self._attempt(path, lambda full: self._backend.sizes(full))
 
     def sweep(self) -> None:
         """Remove what killed processes were writing; nobody may be writing here now."""

@@ -24,7 +24,7 @@ from eval.evaluate import Baseline, evaluate, make_protocol, prepare
 from eval.features import FeatureChoice, FeatureNetwork, open_network
 from eval.results import Result, ResultBook
 from eval.team import Stopped, Team
-from trainer.checkpoint import DamagedCheckpointError
+from trainer.manifest import DamagedCheckpointError
 from trainer.recipe import Recipe
 from trainer.run import CheckpointGoneError, Run
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from data_pipeline.documents import canonical_json, sha256_hex
 from trainer import checkpoint as checkpoints
-from trainer.manifest import FileEntry, Manifest, Topology, checkpoint_name
+from trainer.manifest import Manifest, Topology, checkpoint_name
+from trainer.parts import write_part
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import Run
 from trainer.unet import UNet
@@ -42,6 +44,12 @@ def start_training(run: Run, shards: str, arguments: Sequence[str]) -> subproces
         text=True,
         start_new_session=True,
     )
+
+
+def reseal(manifest: dict[str, Any]) -> bytes:
+    """Serialise an altered manifest as if it had been written so."""
+    unsealed = {key: value for key, value in manifest.items() if key != "sha256"}
+    return json.dumps({**unsealed, "sha256": sha256_hex(canonical_json(unsealed))}).encode()
 
 
 def metric_rows(run: Run, attempts: Sequence[int] = (1,)) -> list[dict[str, Any]]:
@@ -78,17 +86,15 @@ def publish_checkpoint(
 ) -> Manifest:
     name = checkpoint_name(images, attempt)
     weights = dict(model.named_parameters())
-    files: list[FileEntry] = [checkpoints.write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights")]
+    parts = [write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights")]
     for profile in recipe.ema:
-        files.append(
-            checkpoints.write_part(run, name, checkpoints.ema_file(profile), weights, "ema", ema=profile)
-        )
+        parts.append(write_part(run, name, checkpoints.ema_file(profile), weights, "ema", ema=profile))
     pieces = [
         checkpoints.Slice(key, 0, value.numel(), {"master": value.detach().flatten()})
         for key, value in weights.items()
     ]
-    files.append(checkpoints.write_state(run, name, 0, pieces))
-    manifest = Manifest(
+    parts.append(checkpoints.write_state(run, name, 0, pieces))
+    draft = Manifest(
         run=run.attempts()[-1].run,
         attempt=attempt,
         images=images,
@@ -97,7 +103,5 @@ def publish_checkpoint(
         recipe_sha=recipe.sha256,
         index_sha=index_sha,
         topology=Topology(world=1, zero_stage=1, device="cpu"),
-        files=files,
     )
-    checkpoints.publish(run, manifest)
-    return manifest
+    return checkpoints.publish(run, draft, parts)

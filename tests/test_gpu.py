@@ -15,7 +15,7 @@ from data_pipeline.build import build
 from data_pipeline.device import DeviceStream
 from data_pipeline.sources.digits import DigitsSource
 from tests.support import tiny_recipe
-from tests.trainer.test_layouts import BATCH, FEW, assert_same_trajectory, case, relative_l2, train, weights
+from tests.trainer.layout_support import BATCH, FEW, assert_same_trajectory, case, relative_l2, train, weights
 from trainer.randomness import Purpose, bits, normal
 from trainer.run import Run
 from trainer.unet import UNet, compile_blocks

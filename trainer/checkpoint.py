@@ -1,35 +1,29 @@
 """Checkpoints: parts first, each with size and SHA-256, the manifest last and create-only.
 
-Training state is stored as flat float32 slices named "{role}/{parameter}:{start}:{stop}", with no trace
-of the layout that wrote them: any world size loads any checkpoint by overlap. Nothing is unpickled.
+Training state is stored as flat slices named "{role}/{parameter}:{start}:{stop}", with no trace of the
+layout that wrote them: `trainer.restore` loads any checkpoint into any layout. Nothing is unpickled.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from data_pipeline.documents import sha256_hex
-from data_pipeline.errors import StorageFault, UserError
+from data_pipeline.errors import UserError
 from data_pipeline.storage import Storage
-from trainer.manifest import FileEntry, FileRecord, Manifest
-from trainer.run import Run
+from trainer.manifest import Checksums, DamagedCheckpointError, Manifest
+from trainer.parts import BLOCK_BYTES, Part, read_verified, write_part
+from trainer.run import CheckpointGoneError, Run
 
 log = logging.getLogger(__name__)
 
-_READS: Final = 2
-"""Independent reads before a file counts as damaged: one transfer may go wrong."""
 WEIGHTS_FILE: Final = "weights.safetensors"
 TIMESTEPS_FILE: Final = "state/timesteps.safetensors"
 """The part that holds the distribution of loss-aware timesteps."""
-
-
-class DamagedCheckpointError(StorageFault):
-    """A published part is missing, cut short or altered."""
+CHECKSUMS_FILE: Final = "checksums.crc32c"
 
 
 class SupersededError(UserError):
@@ -44,8 +38,8 @@ class Slice:
         parameter: Name of the parameter.
         start: First flat index within the parameter.
         stop: One past the last flat index.
-        tensors: By role ("master", "exp_avg", "exp_avg_sq", "ema.NAME"): 1-D float32 views of
-            `stop - start` numbers, read when saving and written in place when loading.
+        tensors: By role ("master", "exp_avg", "exp_avg_sq", "ema.NAME"): 1-D views of `stop - start`
+            numbers, read when saving and written in place when loading.
     """
 
     parameter: str
@@ -59,52 +53,41 @@ def ema_file(profile: str) -> str:
     return f"ema-{profile}.safetensors"
 
 
-def write_part(
-    run: Run,
-    checkpoint: str,
-    path: str,
-    tensors: Mapping[str, Tensor],
-    role: Literal["weights", "ema", "state", "timesteps"],
-    ema: str | None = None,
-) -> FileEntry:
-    """Write one safetensors part of a checkpoint that is not yet published.
-
-    Returns:
-        The part's entry for the manifest.
-    """
-    data = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
-    run.storage.write(f"checkpoints/{checkpoint}/{path}", data)
-    return FileEntry(path=path, bytes=len(data), sha256=sha256_hex(data), role=role, ema=ema)
-
-
-def write_state(run: Run, checkpoint: str, rank: int, slices: Sequence[Slice]) -> FileEntry:
-    """Write the state part of one rank."""
+def write_state(run: Run, checkpoint: str, rank: int, slices: Sequence[Slice]) -> Part:
+    """Write the state part of one rank, role after role: what another layout needs then lies together."""
+    roles = dict.fromkeys(role for piece in slices for role in piece.tensors)
     tensors = {
-        f"{role}/{piece.parameter}:{piece.start}:{piece.stop}": view
+        f"{role}/{piece.parameter}:{piece.start}:{piece.stop}": piece.tensors[role]
+        for role in roles
         for piece in slices
-        for role, view in piece.tensors.items()
+        if role in piece.tensors
     }
     return write_part(run, checkpoint, f"state/rank-{rank:04d}.safetensors", tensors, "state")
 
 
-def publish(run: Run, manifest: Manifest) -> None:
+def publish(run: Run, draft: Manifest, parts: Sequence[Part]) -> Manifest:
     """Publish a checkpoint whose parts are all written.
+
+    Args:
+        run: The run.
+        draft: The manifest but for its files.
+        parts: All of them.
+
+    Returns:
+        The manifest as published.
 
     Raises:
         DamagedCheckpointError: A part is missing or has another size.
         SupersededError: A newer attempt exists, or published this name first.
     """
-    name = manifest.name
-    for entry in manifest.files:
-        path = f"checkpoints/{name}/{entry.path}"
-        try:
-            size = run.storage.size(path)
-        except FileNotFoundError as error:
-            raise DamagedCheckpointError(f"{run.url}/{path}: the part is missing") from error
-        if size != entry.bytes:
-            raise DamagedCheckpointError(f"{run.url}/{path}: {size} bytes, {entry.bytes} were written")
+    name = draft.name
+    table = b"".join(part.crcs for part in parts)
+    run.storage.write(f"checkpoints/{name}/{CHECKSUMS_FILE}", table)
+    checksums = Checksums(
+        path=CHECKSUMS_FILE, bytes=len(table), sha256=sha256_hex(table), block_bytes=BLOCK_BYTES
+    )
+    manifest = draft.model_copy(update={"files": [part.entry for part in parts], "checksums": checksums})
+    check_sizes(run, manifest)
     newest = run.newest_attempt()
     if newest != manifest.attempt:
         raise SupersededError(
@@ -113,65 +96,65 @@ def publish(run: Run, manifest: Manifest) -> None:
         )
     if not run.storage.create(f"checkpoints/{name}/manifest.json", manifest.to_json()):
         raise SupersededError(f"{run.url}: checkpoint {name} was already published by somebody else")
+    return manifest
 
 
-def read_part(run: Run, manifest: Manifest, entry: FileEntry) -> dict[str, Tensor]:
-    """Read one part, verified by size and SHA-256.
-
-    Raises:
-        DamagedCheckpointError: The part is missing or differs from what was published.
-    """
-    return safetensors.torch.load(read_verified(_folder(run, manifest), entry))
-
-
-def read_verified(folder: Storage, record: FileRecord) -> bytes:
-    """Read a file, verified by size and SHA-256.
-
-    Raises:
-        DamagedCheckpointError: It is missing or differs from what was published.
-    """
-    where = f"{folder.url}/{record.path}"
-    for _ in range(_READS):
-        try:
-            data = folder.read(record.path)
-        except FileNotFoundError as error:
-            raise DamagedCheckpointError(f"{where}: the file is missing") from error
-        if len(data) == record.bytes and sha256_hex(data) == record.sha256:
-            return data
-        log.warning("%s: size or SHA-256 differs from the manifest's", where)
-    raise DamagedCheckpointError(f"{where}: size or SHA-256 differs from the manifest's; the file is damaged")
-
-
-def _folder(run: Run, manifest: Manifest) -> Storage:
+def folder_of(run: Run, manifest: Manifest) -> Storage:
+    """Return where the parts of a checkpoint are."""
     return run.storage.child("checkpoints", manifest.name)
 
 
-def verify(run: Run, manifest: Manifest) -> None:
-    """Read every part of a checkpoint and check its size and hash.
+def check_sizes(run: Run, manifest: Manifest) -> None:
+    """Check that all files of a checkpoint are there with the size that was written.
 
     Raises:
-        DamagedCheckpointError: Naming the first part that fails.
+        DamagedCheckpointError: Naming the first that is not.
     """
-    for entry in manifest.files:
-        read_verified(_folder(run, manifest), entry)
+    folder = folder_of(run, manifest)
+    for record in [*manifest.files, *filter(None, [manifest.checksums])]:
+        where = f"{folder.url}/{record.path}"
+        try:
+            size = folder.size(record.path)
+        except FileNotFoundError as error:
+            raise DamagedCheckpointError(f"{where}: the file is missing") from error
+        if size != record.bytes:
+            raise DamagedCheckpointError(f"{where}: {size} bytes, {record.bytes} were written")
 
 
-def newest_verified(run: Run) -> Manifest | None:
-    """Return the newest live checkpoint whose parts all verify; damaged ones are named in the log.
+def verify(run: Run, manifest: Manifest) -> None:
+    """Read every file of a checkpoint and check its size and hash.
+
+    Raises:
+        DamagedCheckpointError: Naming the first that fails.
+    """
+    for record in [*manifest.files, *filter(None, [manifest.checksums])]:
+        read_verified(folder_of(run, manifest), record)
+
+
+def newest_whole(run: Run, refused: Collection[str] = ()) -> Manifest | None:
+    """Return the newest live checkpoint whose files are all there; others are named in the log.
+
+    What they hold is checked when they are loaded (`trainer.restore`).
+
+    Args:
+        run: The run.
+        refused: Checkpoints that turned out to be damaged.
 
     Returns:
         None if nothing has been published yet.
 
     Raises:
-        DamagedCheckpointError: There are checkpoints and none verifies: starting from random weights
+        DamagedCheckpointError: There are checkpoints and none is whole: starting from random weights
             would silently abandon the run.
     """
     live = run.live_checkpoints()
     for name in reversed(live):
-        manifest = run.manifest(name)
+        if name in refused:
+            continue
         try:
-            verify(run, manifest)
-        except DamagedCheckpointError as error:
+            manifest = run.manifest(name)
+            check_sizes(run, manifest)
+        except (DamagedCheckpointError, CheckpointGoneError) as error:
             log.warning("checkpoint %s is passed over: %s", name, error)
             continue
         return manifest
@@ -181,48 +164,3 @@ def newest_verified(run: Run) -> Manifest | None:
             "another run"
         )
     return None
-
-
-def load_state(run: Run, manifest: Manifest, slices: Sequence[Slice]) -> None:
-    """Fill the slices' tensors in place from a checkpoint written by any layout.
-
-    Raises:
-        DamagedCheckpointError: A part is damaged, or the parts together do not cover the slices.
-    """
-    missing = {(role, piece.parameter): 0 for piece in slices for role in piece.tensors}
-    for piece in slices:
-        for role in piece.tensors:
-            missing[role, piece.parameter] += piece.stop - piece.start
-    wanted: dict[str, list[Slice]] = {}
-    for piece in slices:
-        wanted.setdefault(piece.parameter, []).append(piece)
-    for entry in manifest.files:
-        if entry.role != "state":
-            continue
-        for key, stored in read_part(run, manifest, entry).items():
-            role, parameter, start, stop = _parse_key(key)
-            for piece in wanted.get(parameter, []):
-                if role in piece.tensors:
-                    missing[role, parameter] -= _copy_overlap(piece, role, stored, start, stop)
-    for (role, parameter), count in missing.items():
-        if count != 0:
-            raise DamagedCheckpointError(
-                f"{run.url}: checkpoint {manifest.name} lacks {count} numbers of {role}/{parameter}"
-            )
-
-
-def _parse_key(key: str) -> tuple[str, str, int, int]:
-    role, _, rest = key.partition("/")
-    parameter, start, stop = rest.rsplit(":", 2)
-    return role, parameter, int(start), int(stop)
-
-
-def _copy_overlap(piece: Slice, role: str, stored: Tensor, start: int, stop: int) -> int:
-    """Copy what `stored` (the range [start, stop)) and the slice share; return how many numbers."""
-    first, last = max(piece.start, start), min(piece.stop, stop)
-    if first >= last:
-        return 0
-    with torch.no_grad():
-        target = piece.tensors[role][first - piece.start : last - piece.start]
-        target.copy_(stored[first - start : last - start])
-    return last - first

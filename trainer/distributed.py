@@ -1,8 +1,10 @@
 """The processes of one training job: identity, small collectives on the CPU, tensors gathered to rank 0."""
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -74,6 +76,23 @@ class Ranks:
             assert isinstance(group, dist.ProcessGroup)
             self._control = group
 
+    def for_a_thread(self, timeout: timedelta) -> "Ranks":
+        """Return the same ranks for another thread of each: its collectives go over a group of their own.
+
+        Args:
+            timeout: How long ranks wait for one another.
+        """
+        others = copy.copy(self)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)
+        others._control = group
+        return others
+
+    def leave(self) -> None:
+        """Release what `for_a_thread` has made."""
+        assert self._control is not None
+        dist.destroy_process_group(self._control)
+
     @property
     def is_main(self) -> bool:
         """True on rank 0."""
@@ -116,11 +135,22 @@ class Ranks:
             raise FollowedError(result)
         return result  # type: ignore[no-any-return]
 
+    def concatenate(self, flat: Tensor) -> Tensor:
+        """Return all ranks' 1-D CPU tensors, of any lengths, one after the other on every rank."""
+        lengths = self.gather(len(flat))
+        padded = torch.zeros(max(lengths), dtype=flat.dtype)
+        padded[: len(flat)] = flat
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self._control)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
     def gather_to_main(self, flat: Tensor) -> list[Tensor]:
-        """Return all ranks' 1-D tensors on rank 0 (CPU copies, by rank); empty elsewhere.
+        """Return all ranks' 1-D tensors on the CPU of rank 0, by rank; empty elsewhere.
 
         They may differ in length, but not in precision.
         """
+        if self.world == 1:
+            return [flat.detach().cpu()]
         lengths = self.gather(len(flat))
         padded = torch.zeros(max(lengths), dtype=flat.dtype, device=flat.device)
         padded[: len(flat)] = flat.detach()

@@ -215,7 +215,7 @@ def dry_run(
     arithmetic = _arithmetic(recipe, schedule)
     memory = memory_by_stage(recipe, ranks, batch.micro_steps, batch.micro_batch)
     data = plan_data(recipe, ranks, ranks_per_node) if recipe.data.url else None
-    section = recipe.deepspeed
+    section = recipe.for_ranks(ranks).deepspeed
     layouts = [(row.zero_stage, row.offload_optimizer) for row in memory]
     layout = layouts.index((section.zero_stage, section.offload_optimizer))
     sent = bytes_sent(recipe, ranks, batch.micro_steps)

@@ -103,7 +103,7 @@ class Engine:
     """
 
     def __init__(self, recipe: Recipe, model: UNet, ranks: Ranks, micro_steps: int) -> None:
-        self._precision, self._stage = recipe.precision, recipe.deepspeed.zero_stage
+        self._precision, self.zero_stage = recipe.precision, recipe.deepspeed.zero_stage
         self._clip_norm = recipe.optimizer.clip_norm
         self._device, self._micro_steps, self._world = ranks.device, micro_steps, ranks.world
         _set_kernels(recipe, self._device)
@@ -112,26 +112,22 @@ class Engine:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         size = sum(parameter.numel() for parameter in model.parameters())
         model = model.to(self._device)
-        if recipe.train.compiles(self._device, self._stage):
+        if recipe.train.compiles(self._device, self.zero_stage):
             compile_blocks(model)
         self._adam = _adam(recipe.optimizer, model)
         config = build_config(recipe, micro_steps, size, on_gpu=self._device.type == "cuda")
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adam, config=config, dist_init_required=False
         )
-        # DeepSpeed reduces no float64.
-        self._engine.enable_backward_allreduce = self._precision is not Precision.FP64
+        # DeepSpeed reduces no float64, and at stage 0 it copies all gradients even where nobody else is.
+        is_alone = ranks.world == 1 and self.zero_stage == 0
+        self._engine.enable_backward_allreduce = self._precision is not Precision.FP64 and not is_alone
         self.partition = self._divide(names, ranks)
 
     @property
     def module(self) -> nn.Module:
         """The network itself."""
         return self._engine.module  # type: ignore[no-any-return]
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether `module`'s parameters are the whole float32 weights on every rank."""
-        return self._stage < 3 and not self._precision.is_loss_scaled
 
     @property
     def loss_scale(self) -> dict[str, float] | None:
@@ -206,7 +202,7 @@ class Engine:
         self._engine.destroy()
 
     def _divide(self, names: dict[int, str], ranks: Ranks) -> partition.Partition:
-        match self._stage:
+        match self.zero_stage:
             case 0:
                 return partition.of_whole_model(self.module, self._adam, ranks.rank, ranks.world)
             case 3:
@@ -222,7 +218,7 @@ class Engine:
 
     def _grad_norm(self) -> float:
         """Global norm before clipping. At stage 0 this is where gradients are clipped."""
-        if self._stage == 0:
+        if self.zero_stage == 0:
             return float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm))
         return float(self._zero._global_grad_norm)
 

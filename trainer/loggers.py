@@ -42,11 +42,19 @@ class Logger(Protocol):
     def log(self, images: int, values: Mapping[str, float]) -> None:
         """Take one row of metrics at this point of the image clock; some may not be finite."""
 
-    def publish(self, images: int) -> None:
-        """Make lasting what was logged so far; a checkpoint at `images` is about to be published."""
+    def cut(self) -> Callable[[], None]:
+        """Close what was logged so far; return what makes it lasting.
+
+        That is called before the checkpoint of this moment is published, from another thread and until it
+        succeeds, while further rows may come.
+        """
 
     def close(self) -> None:
         """Training ends."""
+
+
+def nothing() -> None:
+    """What is left to do for a logger whose rows are lasting already."""
 
 
 def check_loggers(section: LoggingSection) -> None:
@@ -89,6 +97,7 @@ class TensorBoardLogger:
         self._run, self._attempt = run, attempt
         self._folder = tempfile.TemporaryDirectory(prefix="ddpm-events-")
         self._events: SummaryWriter | None = None
+        self._cut: set[Path] = set()
         self.errors = 0
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
@@ -98,15 +107,20 @@ class TensorBoardLogger:
         for name, value in values.items():
             self._events.add_scalar(name, value, global_step=images)
 
-    def publish(self, images: int) -> None:
+    def cut(self) -> Callable[[], None]:
         """See `Logger`."""
         if self._events is None:
-            return
+            return nothing
         self._events.close()
         self._events = None
-        for file in sorted(Path(self._folder.name).iterdir()):
-            self._run.storage.upload(f"tensorboard/{self._attempt:06d}/{file.name}", file)
-            file.unlink()
+        files = [file for file in sorted(Path(self._folder.name).iterdir()) if file not in self._cut]
+        self._cut.update(files)
+
+        def upload() -> None:
+            for file in files:
+                self._run.storage.upload(f"tensorboard/{self._attempt:06d}/{file.name}", file)
+
+        return upload
 
     def close(self) -> None:
         """Drop what was not published, with the steps it describes."""
@@ -148,8 +162,9 @@ class PrometheusLogger:
         except OSError as error:
             _count(self, "logging.prometheus", error)
 
-    def publish(self, images: int) -> None:
+    def cut(self) -> Callable[[], None]:
         """See `Logger`; the file is whole after every row."""
+        return nothing
 
     def close(self) -> None:
         """See `Logger`; the last row stays."""
@@ -196,8 +211,9 @@ class BackgroundLogger:
         except queue.Full:
             _count(self, self._key, "it takes no more rows")
 
-    def publish(self, images: int) -> None:
+    def cut(self) -> Callable[[], None]:
         """See `Logger`; the service keeps what it was sent."""
+        return nothing
 
     def close(self) -> None:
         """Wait for the last rows to be delivered, but not for long."""

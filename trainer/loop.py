@@ -7,7 +7,8 @@ sample n brings its own timestep, noise and flip, whichever rank meets it.
 import logging
 import math
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,6 @@ from torch import Tensor
 from data_pipeline.device import DeviceBatch, DeviceStream
 from data_pipeline.progress import Progress
 from data_pipeline.stream import StreamCounts
-from trainer import checkpoint as checkpoints
 from trainer.batches import micro_steps
 from trainer.clock import adam_epsilon, is_due, learning_rate
 from trainer.data import open_stream
@@ -29,17 +29,18 @@ from trainer.flops import training_flops_per_image
 from trainer.guards import DivergedError, RollBackError
 from trainer.log_window import LogWindow
 from trainer.loggers import open_loggers
-from trainer.manifest import AttemptEnd, FileEntry, Manifest, Topology
+from trainer.manifest import AttemptEnd, DamagedCheckpointError, Manifest, Topology
+from trainer.parts import read_part
 from trainer.peak_flops import device_peak_flops
 from trainer.profiler import StepProfiler
 from trainer.randomness import Purpose, bits, normal
 from trainer.recipe import Recipe
 from trainer.recipe_sections import Precision
-from trainer.retention import Retention
+from trainer.restore import load_state, read_weights
 from trainer.run import Run
-from trainer.saving import CheckpointWriter
+from trainer.saving import CheckpointWriter, Job, NotPublishedError
 from trainer.session import Session, open_session, roll_back
-from trainer.snapshots import power_profiles, snapshot_is_due, write_snapshot
+from trainer.snapshots import snapshot_is_due
 from trainer.stop import StopReason, StopRequest
 from trainer.telemetry import MetricsLog
 from trainer.timestep_source import TimestepSource
@@ -75,25 +76,35 @@ def train(
         StorageFault: The store failed for longer than the retries last.
     """
     check_config(recipe)
+    damaged: list[str] = []
     session = ranks.on_main(lambda: open_session(recipe, run, ranks.world, options.allowed))
     stop.start_budget(recipe.train.max_minutes)
     while True:
-        ended = _attempt(recipe, run, ranks, session, stop, options)
+        try:
+            trainer = Trainer(recipe, run, ranks, session, options)
+        except DamagedCheckpointError as error:
+            assert session.parent is not None, "nothing else is loaded"
+            damaged.append(session.parent.name)
+            log.warning("checkpoint %s is passed over: %s", damaged[-1], error)
+            session = ranks.on_main(
+                lambda: open_session(recipe, run, ranks.world, options.allowed, refused=damaged)
+            )
+            continue
+        ended = _attempt(ranks, trainer, stop)
         if isinstance(ended, StopReason):
             return ended
         session = ranks.on_main(lambda: _roll_back(recipe, run, session, ended))  # noqa: B023 (called at once)
 
 
-def _attempt(
-    recipe: Recipe, run: Run, ranks: Ranks, session: Session, stop: StopRequest, options: Options
-) -> StopReason | RollBackError:
+def _attempt(ranks: Ranks, trainer: "Trainer", stop: StopRequest) -> StopReason | RollBackError:
     """Train one attempt; return why it ended. Whatever it held is released."""
-    trainer = Trainer(recipe, run, ranks, session, options)
     try:
         return trainer.run_until(stop)
     except RollBackError as trouble:
+        trainer.writer.wait()
         # What led here stays readable, though it is no part of the run's lineage any more.
-        ranks.on_main(lambda: trainer.metrics.publish(trainer.state.images))
+        trainer.metrics.cut(trainer.state.images)
+        ranks.on_main(trainer.metrics.flush)
         return trouble.with_traceback(None)
     finally:
         trainer.close()
@@ -126,14 +137,17 @@ class Trainer:
         self.diffusion, self.loss = recipe.build_diffusion(), recipe.loss.config()
         self.micro_steps = micro_steps(recipe, ranks.world)
         self.dtype = torch.float64 if recipe.precision is Precision.FP64 else torch.float32
-        self.published = session.parent
         model = self._network(session.parent)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.engine = Engine(recipe, model, ranks, self.micro_steps)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.engine = Engine(recipe.for_ranks(ranks.world), model, ranks, self.micro_steps)
         self.ema = PartitionedEma(recipe.ema, self.engine.partition.masters)
         self.timesteps = TimestepSource(recipe, self.device)
         self.state = session.state(recipe)
-        self._load(session.parent)
+        try:
+            self._load(session.parent)
+        except DamagedCheckpointError:
+            self.engine.close()
+            raise
         self.stream = open_stream(recipe, run, ranks.rank, ranks.world, self.state.position)
         self.window = LogWindow(
             self.device,
@@ -143,10 +157,19 @@ class Trainer:
             hosts=ranks.gather(socket.gethostname()),
         )
         self.profiler = StepProfiler(run, session.attempt.attempt, ranks.rank, options.profile)
-        self.writer = CheckpointWriter(run, ranks, self.engine, shapes)
-        self.retention = Retention(run, recipe.checkpoint.keep)
         loggers = open_loggers(recipe.logging, run, session.attempt) if ranks.is_main else []
         self.metrics = MetricsLog(run, session.attempt.attempt, self.state.images, loggers)
+        self.writer = CheckpointWriter(
+            run,
+            ranks,
+            self.engine.partition,
+            self.ema.flats,
+            self.shapes,
+            recipe.checkpoint,
+            recipe.ema,
+            self.metrics,
+        )
+        self._saved = session.parent.images if session.parent else None
 
     def run_until(self, stop: StopRequest) -> StopReason:
         """Train to the end or to the first step boundary at which any rank wants to stop.
@@ -164,16 +187,15 @@ class Trainer:
                 before = state.images
                 with profiler.span("wait for data"):
                     batch = next(batches)
-                reason = self.step(batch, stop.reason())
+                reason = self.step(batch, StopReason.FAULT if self.writer.has_failed else stop.reason())
                 if is_due(recipe.logging.every_images, before, state.images):
                     self.log_metrics(progress)
                 if is_due(recipe.checkpoint.every_images, before, state.images):
                     self.save(snapshot=snapshot_is_due(recipe, before, state.images))
                 elif snapshot_is_due(recipe, before, state.images):
-                    self.keep_snapshot()
+                    self.save(checkpoint=False, snapshot=True)
                 profiler.step()
-        if self.published is None or self.published.images != state.images:
-            self.save(snapshot=True)
+        self.finish()
         self._end("requeue" if reason is StopReason.REQUESTED else "finished")
         return reason
 
@@ -248,6 +270,8 @@ class Trainer:
         row["skipped_updates"] = float(
             sum(b - a for a, b in self.state.guard.skips) // self.recipe.batch.total
         )
+        row["checkpoint_stall_seconds"] = self.writer.stalled_seconds
+        row["checkpoints_given_up"] = float(self.writer.given_up)
         row["storage_retries"] = float(self.run.storage.retries)
         # Of all ranks, since the attempt began.
         counts = self.ranks.total(torch.tensor(self.stream.counts, dtype=torch.float64)).tolist()
@@ -257,27 +281,34 @@ class Trainer:
         wait = f"{100 * row['data_wait_share']:.1f}%"
         progress.update(self.state.images, loss=f"{row['loss']:.4f}", wait=wait)
 
-    def save(self, *, snapshot: bool = False) -> None:
-        """Publish a checkpoint: all ranks write their parts, rank 0 the manifest.
+    def save(self, *, checkpoint: bool = True, snapshot: bool = False) -> None:
+        """Begin to write a checkpoint, or a snapshot of the averages, or both, of this moment.
 
-        Args:
-            snapshot: Keep a snapshot too, before it: a checkpoint's snapshot is never missing.
+        Raises:
+            UserError: What came before could not be written, for a reason that time does not mend.
         """
-        timesteps = self.timesteps.tensors(self.ranks)
-        files, averages = self.writer.write(self._manifest([]).name, self.ema.flats, timesteps)
-        if snapshot:
-            self._keep(averages)
-        self.published = self.ranks.on_main(lambda: self._publish(files))
+        self.writer.start(Job(self._draft(), self.timesteps.tensors(self.ranks), checkpoint, snapshot))
+        if checkpoint:
+            self._saved = self.state.images
 
-    def keep_snapshot(self) -> None:
-        """Keep the power-function averages of this moment for good."""
-        self._keep(
-            {name: self.writer.whole(self.ema.flats[name]) for name in power_profiles(self.recipe.ema)}
-        )
+    def finish(self) -> None:
+        """Publish this moment, unless that has been done.
+
+        Raises:
+            NotPublishedError: The store failed for too long.
+            UserError: It refuses for a reason that time does not mend.
+        """
+        if self._saved != self.state.images:
+            self.save(snapshot=True)
+        given_up = self.writer.given_up
+        self.writer.wait()
+        if self.writer.given_up > given_up:
+            raise NotPublishedError(f"{self.run.url}: the last checkpoint could not be published")
 
     def close(self) -> None:
         """Stop reading ahead and release the engine."""
         self.stream.close()
+        self.writer.close()
         self.metrics.close()
         self.engine.close()
 
@@ -310,9 +341,9 @@ class Trainer:
         This waits for the device, as DeepSpeed does right after it: the guard must know before Adam does.
         """
         mine = sum(float((weights * losses).sum(dtype=torch.float64)) for losses, _, weights in seen)
-        wishes = [float(wish is reason) for reason in (StopReason.BUDGET, StopReason.REQUESTED)]
+        wishes = [float(wish is reason) for reason in StopReason]
         total = self.ranks.total(torch.tensor([mine, *wishes], dtype=torch.float64)).tolist()
-        weightiest = StopReason.REQUESTED if total[2] else StopReason.BUDGET if total[1] else StopReason.NONE
+        weightiest = max(reason for reason, count in zip(StopReason, total[1:], strict=True) if count)
         return total[0] / self.recipe.batch.total, weightiest
 
     def _drop(self, start: int, loss: float, objections: Sequence[str]) -> None:
@@ -336,21 +367,25 @@ class Trainer:
             self.dtype
         )
         if parent is not None:
-            (entry,) = (entry for entry in parent.files if entry.role == "weights")
-            model.load_state_dict(checkpoints.read_part(self.run, parent, entry))
+            model.load_state_dict(read_weights(self.run, parent, self.ranks))
         return model
 
     def _load(self, parent: Manifest | None) -> None:
         """Fill moments, masters and averages from the parent."""
         if parent is None:
             return
-        checkpoints.load_state(self.run, parent, self.engine.partition.targets(self.ema.flats))
+        began = time.monotonic()
+        read = load_state(self.run, parent, self.engine.partition.targets(self.ema.flats), self.ranks)
+        log.info(
+            "state of checkpoint %s: %.1f MB in %.2f s", parent.name, read / 1e6, time.monotonic() - began
+        )
         self.engine.resume(parent.updates, parent.loss_scale)
         parts = {entry.role: entry for entry in parent.files}
         if self.timesteps.is_loss_aware and "timesteps" in parts:  # imported weights come without
-            self.timesteps.load(checkpoints.read_part(self.run, parent, parts["timesteps"]))
+            self.timesteps.load(read_part(self.run, parent, parts["timesteps"]))
 
-    def _manifest(self, files: list[FileEntry]) -> Manifest:
+    def _draft(self) -> Manifest:
+        """The manifest of this moment, without files."""
         state, attempt = self.state, self.session.attempt
         return Manifest(
             run=attempt.run,
@@ -364,28 +399,18 @@ class Trainer:
             recipe_sha=attempt.recipe_sha,
             index_sha=attempt.index_sha,
             topology=Topology(
-                world=self.ranks.world, zero_stage=self.recipe.deepspeed.zero_stage, device=self.device.type
+                world=self.ranks.world, zero_stage=self.engine.zero_stage, device=self.device.type
             ),
-            files=files,
         )
 
-    def _publish(self, files: list[FileEntry]) -> Manifest:
-        manifest = self._manifest(files)
-        self.metrics.publish(self.state.images)  # first: a checkpoint's history must not be lost
-        self.writer.publish(manifest)
-        self.retention.apply()
-        return manifest
-
-    def _keep(self, averages: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.ranks.on_main(lambda: write_snapshot(self.run, self._manifest([]), averages, self.recipe.ema))
-
     def _end(self, outcome: str) -> None:
+        published = self.writer.published or self.session.parent
         end = AttemptEnd.model_validate(
             {
                 "attempt": self.session.attempt.attempt,
                 "outcome": outcome,
                 "images": self.state.images,
-                "checkpoint": self.published.name if self.published else None,
+                "checkpoint": published.name if published else None,
             }
         )
         self.ranks.on_main(lambda: self.run.end_attempt(end))

@@ -1,17 +1,25 @@
 """The documents of a run directory: checkpoint manifests and the records of attempts."""
 
+import json
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipeline.documents import Document
-from data_pipeline.errors import UserError
+from data_pipeline.documents import Document, Migration, canonical_json, sha256_hex
+from data_pipeline.errors import StorageFault, UserError
 
 ANY_DATA: Final = ""
 """`index_sha` of a checkpoint that was not trained here: any shards may continue it."""
+_UNSEALED: Final = ("manifest/1",)
+"""Versions whose manifests carry no hash of themselves."""
 _CHECKPOINT: Final = re.compile(r"(\d{10})-(\d{6})")
+
+
+class DamagedCheckpointError(StorageFault):
+    """A published file is missing, cut short or altered."""
 
 
 def checkpoint_name(images: int, attempt: int) -> str:
@@ -54,6 +62,16 @@ class FileEntry(FileRecord):
     """Profile name of a part whose role is "ema"."""
 
 
+class Checksums(FileRecord):
+    """The file with a checksum of every block of every part; its path is relative to the checkpoint's folder.
+
+    Little-endian uint32 CRC32C of each block, part after part in the order of the manifest's `files`.
+    """
+
+    block_bytes: int
+    """Length of a block; a part's last one is as long as it happens to be."""
+
+
 class Topology(BaseModel):
     """The layout that wrote a checkpoint; for people, nothing depends on it when loading."""
 
@@ -79,10 +97,16 @@ class GuardState(BaseModel):
     """First stream positions of the updates that count against the budget of dropped ones."""
 
 
+def _without_checksums(content: dict[str, Any]) -> dict[str, Any]:
+    """Manifest 1 to 2: blocks had no checksums, so each part can be verified as a whole only."""
+    return {**content, "schema": "manifest/2", "checksums": None}
+
+
 class Manifest(Document):
     """`manifest.json`: written last and once; the checkpoint exists if and only if it does."""
 
-    SCHEMA: ClassVar[str] = "manifest/1"
+    SCHEMA: ClassVar[str] = "manifest/2"
+    MIGRATIONS: ClassVar[Mapping[str, Migration]] = {"manifest/1": _without_checksums}
 
     run: str
     attempt: int
@@ -100,12 +124,41 @@ class Manifest(Document):
     recipe_sha: str
     index_sha: str
     topology: Topology
-    files: list[FileEntry]
+    files: list[FileEntry] = Field(default_factory=list)
+    """Its parts; none before they are written."""
+    checksums: Checksums | None = None
+    """None if it was written before there were any."""
 
     @property
     def name(self) -> str:
         """Name of the checkpoint's folder."""
         return checkpoint_name(self.images, self.attempt)
+
+    def to_json(self) -> bytes:
+        """Serialise as any document, sealed: `sha256` is that of the canonical JSON of all the rest."""
+        content = json.loads(super().to_json())
+        sealed = {**content, "sha256": sha256_hex(canonical_json(content))}
+        return json.dumps(sealed, indent=2, ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Self:
+        """Parse and validate a manifest.
+
+        Raises:
+            DamagedCheckpointError: It is cut short or altered.
+            UserError: It is of a version that this release does not know.
+        """
+        try:
+            content = json.loads(data)
+            seal = content.pop("sha256", None)
+            is_intact = (
+                sha256_hex(canonical_json(content)) == seal if seal else content["schema"] in _UNSEALED
+            )
+        except (ValueError, AttributeError, TypeError, KeyError):  # what the first lines make of damage
+            is_intact = False
+        if not is_intact:
+            raise DamagedCheckpointError(f"{where}: the manifest is damaged; its seal does not fit")
+        return super().from_json(data, where)
 
 
 class Attempt(Document):

@@ -27,6 +27,8 @@ METRICS: Final = {
     "tflops_per_second": "10^12 floating-point operations of the network per second, all ranks together.",
     "mfu": "Model FLOP/s utilization: the same relative to the peak of all devices.",
     "peak_memory_gib": "GiB that the rank which held most has held.",
+    "checkpoint_stall_seconds": "Seconds that training stood still for checkpoints since the attempt began.",
+    "checkpoints_given_up": "Checkpoints given up because the store failed, since the attempt began.",
     "storage_retries": "Operations on the run directory that were repeated since the attempt began.",
     "data_requests": "Successful reads of parts of shards since the attempt began.",
     "data_bytes": "Bytes that they brought.",

@@ -117,6 +117,15 @@ class Recipe(Section):
             **dict(self.model),
         )
 
+    def for_ranks(self, ranks: int) -> "Recipe":
+        """Return the recipe as so many ranks follow it: on a single one nothing is partitioned.
+
+        ZeRO would only copy there; what is offloaded, and the masters of fp16, need it all the same.
+        """
+        if ranks > 1 or self.deepspeed.offload_optimizer or self.precision.is_loss_scaled:
+            return self
+        return self.model_copy(update={"deepspeed": self.deepspeed.model_copy(update={"zero_stage": 0})})
+
     def has_network_of(self, other: "Recipe") -> bool:
         """Tell whether weights of the other recipe fit this one's network: all but dropout is equal."""
         return self._shape() == other._shape()

@@ -281,6 +281,13 @@ class CheckpointSection(Section):
     every_images: int = Field(ge=1)
     keep: int = Field(3, ge=2)
     """Newest checkpoints that keep their files."""
+    keep_every_images: int | None = Field(None, ge=1)
+    """Checkpoints at multiples of it stay as well."""
+    keep_best: bool = True
+    """So do those that an evaluation found best (`RUN/eval/*/best.json`)."""
+    deadline_minutes: float = Field(10.0, gt=0)
+    """A checkpoint that could not be written for so long is given up, and training goes on; the next one is
+    due as ever."""
     snapshot_every_images: int | None = Field(None, ge=1)
     """How often the power-function averages (`ema.NAME.std`) are kept for good, see `trainer.snapshots`;
     default: with every checkpoint."""

@@ -1,4 +1,4 @@
-"""What an attempt starts from: checks, the newest checkpoint that verifies, and the claim on the run.
+"""What an attempt starts from: checks, the newest checkpoint that is whole, and the claim on the run.
 
 Everything here is done by rank 0 alone; the others get its result.
 """
@@ -49,22 +49,26 @@ class Session:
         return state
 
 
-def open_session(recipe: Recipe, run: Run, world: int, allowed: Collection[str] = ()) -> Session:
-    """Check storage, data and recipe, find the newest verified checkpoint and claim the next attempt.
+def open_session(
+    recipe: Recipe, run: Run, world: int, allowed: Collection[str] = (), refused: Collection[str] = ()
+) -> Session:
+    """Check storage, data and recipe, find the newest whole checkpoint and claim the next attempt.
 
     Args:
         recipe: What to train.
         run: The run directory, new or existing.
         world: Processes of the job.
         allowed: Keys of the recipe that may differ from those of the run so far.
+        refused: Checkpoints that turned out to be damaged when they were loaded.
 
     Raises:
+        DamagedCheckpointError: No checkpoint is left.
         UserError: Data or run directory cannot be used, or the run was started with something else.
     """
     index_sha = check_inputs(recipe, run, world, allowed)
     run.storage.prove_create_only()
     run.adopt_recipe(recipe, allowed)
-    parent = checkpoints.newest_verified(run)
+    parent = checkpoints.newest_whole(run, refused)
     if parent is not None and parent.index_sha not in (ANY_DATA, index_sha):
         raise UserError(
             f"data.url={recipe.data.url}: the run {run.url} was trained on another index "
@@ -77,7 +81,7 @@ def open_session(recipe: Recipe, run: Run, world: int, allowed: Collection[str] 
 
 
 def roll_back(recipe: Recipe, run: Run, session: Session, trouble: RollBackError) -> Session:
-    """Claim a new attempt from the newest verified checkpoint that passes over what was tried since.
+    """Claim a new attempt from the newest whole checkpoint that passes over what was tried since.
 
     Raises:
         DivergedError: The run was rolled back as often as it may.
@@ -88,7 +92,7 @@ def roll_back(recipe: Recipe, run: Run, session: Session, trouble: RollBackError
             f"training diverged: {trouble}; {recipe.guard.rollbacks} rollbacks did not help: lower "
             "optimizer.learning_rate, look at the data, or raise guard.rollbacks"
         )
-    parent = checkpoints.newest_verified(run)
+    parent = checkpoints.newest_whole(run)
     claim = run.claim_attempt(
         _name(parent),
         session.attempt.host,

@@ -14,9 +14,10 @@ import safetensors.torch
 from torch import Tensor
 
 from data_pipeline.documents import Document, sha256_hex
-from trainer.checkpoint import SupersededError, ema_file, read_verified
+from trainer.checkpoint import SupersededError, ema_file
 from trainer.clock import is_due
 from trainer.manifest import FileRecord, Manifest, checkpoint_name, is_checkpoint_name, parse_checkpoint_name
+from trainer.parts import read_verified
 from trainer.recipe import Recipe
 from trainer.recipe_sections import EmaProfile
 from trainer.run import Run

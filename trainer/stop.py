@@ -28,6 +28,8 @@ class StopReason(IntEnum):
     """The wall-clock budget is used up: the run counts as finished."""
     REQUESTED = 2
     """A signal or the supervisor asked for it: the run is to be resumed."""
+    FAULT = 3
+    """A checkpoint could not be written for a reason that time does not mend."""
 
 
 class StopRequest:

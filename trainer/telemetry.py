@@ -4,9 +4,11 @@ Object stores cannot append, so rows are kept and published as create-only segme
 what stands in the run's metrics up to a checkpoint is exactly what led to it.
 """
 
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from trainer.loggers import Logger
@@ -29,6 +31,7 @@ class MetricsLog:
         self._run, self._attempt, self._loggers = run, attempt, loggers
         self._rows: list[str] = []
         self._segment_start = images
+        self._unpublished: deque[Callable[[], object]] = deque()
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
         """Add one row of scalars at this point of the image clock."""
@@ -38,15 +41,21 @@ class MetricsLog:
         for logger in self._loggers:
             logger.log(images, values)
 
-    def publish(self, images: int) -> None:
-        """Publish the rows so far as one segment, named by the images at its start."""
+    def cut(self, images: int) -> None:
+        """Close the segment with the rows so far, named by its first images; `flush` publishes it."""
         if not self._rows:
             return
-        segment = f"{self._attempt:06d}/{self._segment_start:010d}"
-        self._run.storage.create(f"metrics/{segment}.jsonl", ("\n".join(self._rows) + "\n").encode())
+        path = f"metrics/{self._attempt:06d}/{self._segment_start:010d}.jsonl"
+        content = ("\n".join(self._rows) + "\n").encode()
         self._rows, self._segment_start = [], images
-        for logger in self._loggers:
-            logger.publish(images)
+        self._unpublished.append(functools.partial(self._run.storage.create, path, content))
+        self._unpublished.extend(logger.cut() for logger in self._loggers)
+
+    def flush(self) -> None:
+        """Publish what was cut; what fails stays for the next time. Another thread may log and cut."""
+        while self._unpublished:
+            self._unpublished[0]()
+            self._unpublished.popleft()
 
     def close(self) -> None:
         """Close the loggers; rows not published are lost with the steps they describe."""

@@ -1,39 +1,56 @@
 """`ddpm checkpoints`: what a run has published."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="List, show and verify the checkpoints of a run.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, show, verify and compare the checkpoints of a run; clean up after it."
+)
 RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="The run directory: a folder or URL.")]
 Name = Annotated[str | None, typer.Argument(help="A checkpoint's name; default: the newest live one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+MOST_TENSORS = 10
+"""How many of the most changed tensors `diff` shows."""
 
 
 @app.command("list")
 def list_checkpoints(run_url: RunUrl, as_json: AsJson = False) -> None:
-    """List the published checkpoints; those a later attempt branched off before are marked superseded."""
+    """List the published checkpoints.
+
+    Those that a later attempt branched off before are superseded: readable, but no part of the run any more.
+    Marked are those that an evaluation found best and those that somebody is reading (pinned).
+    """
+    from trainer.retention import best_checkpoints
     from trainer.run import Run
 
     run = Run(run_url)
     run.recipe()
-    live = set(run.live_checkpoints())
-    rows = [
-        {
-            "name": name,
-            "live": name in live,
-            "megabytes": round(sum(entry.bytes for entry in run.manifest(name).files) / 1e6, 1),
-            "sha256": run.manifest_sha256(name),
-        }
-        for name in run.checkpoints()
-    ]
+    live, pins, best = set(run.live_checkpoints()), run.pins(), best_checkpoints(run)
+    rows: list[dict[str, Any]] = []
+    for name in run.checkpoints():
+        manifest = run.manifest(name)
+        rows.append(
+            {
+                "name": name,
+                "images": manifest.images,
+                "attempt": manifest.attempt,
+                "live": name in live,
+                "best": name in best,
+                "pinned": len(pins.get(name, [])),
+                "bytes": sum(entry.bytes for entry in manifest.files),
+                "sha256": run.manifest_sha256(name),
+            }
+        )
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
         state = "live" if row["live"] else "superseded"
-        print(f"{row['name']}  {state:10}  {row['megabytes']:>10} MB  {row['sha256']}")
+        marks = ", ".join(mark for mark in ("best", "pinned") if row[mark])
+        size = f"{row['bytes'] / 1e6:,.1f} MB"
+        print(f"{row['name']}  {state:10}  {size:>12}  {row['sha256']}  {marks}".rstrip())
 
 
 @app.command("show")
@@ -47,13 +64,104 @@ def show(run_url: RunUrl, name: Name = None) -> None:
 
 
 @app.command("verify")
-def verify(run_url: RunUrl, name: Name = None) -> None:
-    """Read every part of a checkpoint and check size and hash; exit 1 if one fails."""
+def verify(
+    run_url: RunUrl,
+    name: Name = None,
+    everything: Annotated[bool, typer.Option("--all", help="All published ones.")] = False,
+) -> None:
+    """Read every file of a checkpoint and check size and SHA-256; exit 1 if one fails."""
+    from data_pipeline.errors import UserError
     from trainer.checkpoint import verify as verify_checkpoint
+    from trainer.manifest import DamagedCheckpointError
+    from trainer.run import Run
+
+    if everything and name is not None:
+        raise UserError(f"--all: verifies every checkpoint; leave out {name}")
+    run = Run(run_url)
+    run.recipe()
+    failed = 0
+    for each in run.checkpoints() if everything else [run.select(name)]:
+        try:
+            manifest = run.manifest(each)
+            verify_checkpoint(run, manifest)
+        except DamagedCheckpointError as error:
+            failed += 1
+            print(f"{each}: damaged: {error}")
+        else:
+            size = sum(entry.bytes for entry in manifest.files)
+            print(f"{each}: {len(manifest.files)} parts verified, {size / 1e6:,.1f} MB")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("diff")
+def diff(
+    run_url: RunUrl,
+    first: Annotated[str, typer.Argument(help="A checkpoint's name.")],
+    second: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two checkpoints: position, recipe, and how far weights and averages have moved.
+
+    Distances are relative: the norm of the difference over the norm of the first one's weights.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.compare import compare
     from trainer.run import Run
 
     run = Run(run_url)
     run.recipe()
-    manifest = run.manifest(run.select(name))
-    verify_checkpoint(run, manifest)
-    print(f"{manifest.name}: {len(manifest.files)} parts verified")
+    found = compare(run, run.select(first), run.select(second))
+    if as_json:
+        print(found.to_json().decode(), end="")
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    about = Table("manifest", found.first, found.second, box=None)
+    for key, values in found.manifest.items():
+        about.add_row(key, *values)
+    console.print(about)
+    for line in found.recipe.values():
+        console.print(f"recipe: {line}", markup=False)
+    for part in found.weights:
+        distance = "identical" if part.identical else f"relative L2 distance {part.relative_l2:.3e}"
+        console.print(f"\n{part.name}: {distance}")
+        if not part.identical:
+            table = Table("relative L2", "largest", "most changed", box=None)
+            for tensor in part.tensors[:MOST_TENSORS]:
+                table.add_row(f"{tensor.relative_l2:.3e}", f"{tensor.largest:.3e}", tensor.parameter)
+            console.print(table)
+    for average in found.only_in_one:
+        console.print(f"{average}: only in one of them")
+
+
+@app.command("gc")
+def gc(
+    run_url: RunUrl,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove what dead attempts left: folders of parts without a manifest.
+
+    Published checkpoints are never touched, nor is what the newest attempt may still be writing, nor what
+    somebody who pinned it may still be reading.
+    """
+    from trainer.retention import orphans
+    from trainer.run import Run
+
+    run = Run(run_url)
+    run.recipe()
+    rows: list[dict[str, Any]] = []
+    for orphan in orphans(run):
+        removed = not dry_run and not orphan.pins
+        if removed:
+            run.storage.delete_folder(orphan.path)
+        rows.append({"path": orphan.path, "bytes": orphan.bytes, "pins": orphan.pins, "removed": removed})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        kept = f"kept: pinned by {', '.join(row['pins'])}" if row["pins"] else "would be removed"
+        print(f"{row['path']}  {row['bytes'] / 1e6:>10,.1f} MB  {'removed' if row['removed'] else kept}")
+    print(f"{len(rows)} orphaned folders, {sum(row['bytes'] for row in rows) / 1e6:,.1f} MB")

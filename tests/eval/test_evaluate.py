@@ -24,6 +24,7 @@ from eval.results import Result, ResultBook
 from eval.service import Service, WatchOptions
 from eval.team import Team
 from tests.eval.helpers import start_run
+from tests.support import reseal
 from trainer.run import Run
 
 
@@ -118,8 +119,8 @@ def test_non_finite_samples_are_stated(prepared: Prepared, run: Run, team: Team)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     for entry in manifest["files"]:
         if entry["path"] == path.name:
-            entry["sha256"] = sha256_hex(path.read_bytes())
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+            entry |= {"sha256": sha256_hex(path.read_bytes()), "bytes": path.stat().st_size}
+    (folder / "manifest.json").write_bytes(reseal(manifest))
     result, _ = evaluate(run, name, prepared.protocol, prepared.network, prepared.baseline, team)
     assert "8 of 8 samples are not finite" in result.warnings[-1]
     assert all(np.isfinite(metric.value) for metric in result.metrics.values())

@@ -6,7 +6,10 @@ start of processes serves a whole matrix of recipes: starting them costs more th
 
 import contextlib
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +27,31 @@ from trainer.engine import init_process_group
 from trainer.guards import DivergedError
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import Run
+from trainer.saving import whole_tensors
 from trainer.session import Session
 from trainer.stop import StopReason, StopRequest
 
 
 class Injected(loop.Trainer):
-    """A trainer whose losses of some stream positions are replaced, which is counted."""
+    """A trainer whose losses of some stream positions are replaced, which is counted, and that may be killed.
+
+    It writes down which samples it has trained on, beside the run: `RUN.ids-RANK`.
+    """
 
     poison: dict[str, Any] | None = None
     injected = 0
+    kill: dict[str, Any] | None = None
+
+    def step(self, batch: DeviceBatch, wish: StopReason = StopReason.NONE) -> StopReason:
+        if self.kill is not None and (self.kill["images"], self.kill["rank"]) == (
+            self.state.images,
+            self.ranks.rank,
+        ):
+            threading.Timer(self.kill["seconds"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+        ids = {"images": self.state.images, "ids": batch.positions.tolist()}
+        with Path(f"{self.run.url}.ids-{self.ranks.rank}").open("a") as file:
+            file.write(json.dumps({"attempt": self.session.attempt.attempt, **ids}) + "\n")
+        return super().step(batch, wish)
 
     def losses(self, pictures: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         losses, t, weights = super().losses(pictures, n)
@@ -49,12 +68,12 @@ class Averaged(Injected):
 
     def __init__(self, recipe: Recipe, run: Run, ranks: Ranks, session: Session, *rest: Any) -> None:
         super().__init__(recipe, run, ranks, session, *rest)
-        self.reference = {name: {k: v.clone() for k, v in self._whole().items()} for name in recipe.ema}
+        self.reference = {name: self._whole(self.engine.partition.masters) for name in recipe.ema}
 
     def step(self, batch: DeviceBatch, wish: StopReason = StopReason.NONE) -> StopReason:
         before = self.state.images
         reason = super().step(batch, wish)
-        weights = self._whole()
+        weights = self._whole(self.engine.partition.masters)
         for name, profile in self.recipe.ema.items():
             share = 1.0 - ema_decay(profile, before, self.recipe.batch.total)
             for key, value in weights.items():
@@ -63,7 +82,7 @@ class Averaged(Injected):
 
     def difference(self) -> float:
         """Largest difference of any number of any average from the unpartitioned reference, on rank 0."""
-        found = {name: self.writer.whole(flats) for name, flats in self.ema.flats.items()}
+        found = {name: self._whole(flats) for name, flats in self.ema.flats.items()}
         if not self.ranks.is_main:
             return 0.0
         return max(
@@ -75,8 +94,9 @@ class Averaged(Injected):
             default=0.0,
         )
 
-    def _whole(self) -> dict[str, Tensor]:
-        return {name: value.detach().float().cpu() for name, value in self.writer.weights().items()}
+    def _whole(self, flats: list[Tensor]) -> dict[str, Tensor]:
+        whole = whole_tensors(self.ranks, self.engine.partition, flats, self.shapes)
+        return {name: value.detach().clone() for name, value in whole.items()}
 
     def close(self) -> None:
         Averaged.last_difference = self.difference()
@@ -116,7 +136,7 @@ def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest, reduced: set
     recipe = load_recipe("quickstart", case["overrides"])
     kind = Averaged if case.get("reference") else Injected
     Injected.injected, Averaged.last_difference = 0, float("nan")
-    kind.poison = case.get("poison")
+    kind.poison, kind.kill = case.get("poison"), case.get("kill")
     error = None
     reduced.clear()
     with patch.object(loop, "Trainer", kind):

@@ -34,6 +34,7 @@ from trainer.dry_run_report import notes, report
 from trainer.ema import PartitionedEma
 from trainer.forecast import ASSUMED_UTILISATION
 from trainer.partition import of_whole_model
+from trainer.parts import write_part
 from trainer.recipe import Recipe, load_recipe
 from trainer.run import Run
 from trainer.traffic import DataPlan, plan_data
@@ -125,13 +126,13 @@ def test_a_checkpoint_takes_what_its_files_take(tmp_path: Path) -> None:
     run = Run(str(tmp_path))
     network = UNet(recipe.unet_config())
     weights = dict(network.named_parameters())
-    entries = [checkpoints.write_part(run, "x", "weights.safetensors", weights, "weights")]
+    entries = [write_part(run, "x", "weights.safetensors", weights, "weights").entry]
     for profile in recipe.ema:
-        entries.append(checkpoints.write_part(run, "x", f"ema-{profile}", weights, "ema", profile))
+        entries.append(write_part(run, "x", f"ema-{profile}", weights, "ema", profile).entry)
     for rank in range(ranks):
         part = of_whole_model(network, torch.optim.Adam(network.parameters()), rank, ranks)
         slices = part.slices(PartitionedEma(recipe.ema, part.masters).flats)
-        entries.append(checkpoints.write_state(run, "x", rank, slices))
+        entries.append(checkpoints.write_state(run, "x", rank, slices).entry)
     written = dry_run(recipe, None, ranks).written
 
     def content(role: str) -> list[int]:

@@ -1,41 +1,27 @@
 """One trajectory on any layout: ZeRO stages, precisions, ranks, accumulation; guards that all ranks share."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from data_pipeline.build import build
 from data_pipeline.sources.digits import DigitsSource
-from tests.support import TINY, metric_rows
-from trainer import extensions
-from trainer.checkpoint import read_part
-from trainer.run import Run
-
-BATCH, STEPS, FEW = 8, 20, 6
-SETTINGS = (
-    *TINY,
-    f"batch.total={BATCH}",
-    f"optimizer.warmup_images={2 * BATCH}",
-    "image.flip=true",
-    f"train.images={STEPS * BATCH}",
-    f"checkpoint.every_images={FEW * BATCH}",
-    "checkpoint.keep=10",
-    f"logging.every_images={BATCH}",
-    "logging.tensorboard=false",
-    "ema.paper={decay: 0.9999, per_images: 128}",
-    "data.reader_threads=0",
+from tests.support import metric_rows
+from tests.trainer.layout_support import (
+    BATCH,
+    FEW,
+    STAGES,
+    STEPS,
+    assert_same_trajectory,
+    case,
+    relative_l2,
+    train,
+    weights,
 )
-STAGES = (0, 1, 2, 3)
-Case = dict[str, Any]
+from trainer.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -43,80 +29,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = str(tmp_path_factory.mktemp("shards"))
     build(DigitsSource(), url)
     return url
-
-
-def case(name: str, *overrides: str, **more: Any) -> Case:
-    return {"name": name, "overrides": list(overrides), **more}
-
-
-def train(folder: Path, shards: str, world: int, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
-    """Train cases on so many ranks; return what rank 0 found, by name. Their runs are below `folder`."""
-    for each in cases:
-        each["overrides"] = [
-            *SETTINGS,
-            f"run={folder / each['name']}",
-            f"data.url={shards}",
-            *each["overrides"],
-        ]
-    listed, out = folder / f"cases-{world}.json", folder / f"out-{world}"
-    listed.write_text(json.dumps(cases))
-    common = dict(os.environ)
-    if not torch.cuda.is_available():
-        extensions.prepare()
-        common |= {**extensions.environment(), "DS_ACCELERATOR": "cpu"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    common["WORLD_SIZE"] = str(world)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer.layout_program", str(listed), str(out)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        logs = [process.communicate(timeout=250)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    files = [out.with_name(f"{out.name}.{rank}") for rank in range(world)]
-    assert all(file.exists() for file in files), "\n".join(log[-4000:] for log in logs)
-    found: dict[str, dict[str, Any]] = json.loads(files[0].read_text())
-    return found
-
-
-def weights(run: Run, role: str = "weights", steps: int = STEPS) -> dict[str, Tensor]:
-    """The tensors of a role, by file and parameter, of the live checkpoint after so many steps."""
-    (name,) = (name for name in run.live_checkpoints() if name.startswith(f"{steps * BATCH:010d}-"))
-    manifest = run.manifest(name)
-    return {
-        f"{entry.path}/{key}": value
-        for entry in manifest.files
-        if entry.role == role
-        for key, value in read_part(run, manifest, entry).items()
-    }
-
-
-def relative_l2(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """L2 distance of all numbers over the norm of the second."""
-    assert one.keys() == other.keys()
-    assert one
-    square = sum(float((one[key].double() - other[key].double()).square().sum()) for key in other)
-    return (square / sum(float(value.double().square().sum()) for value in other.values())) ** 0.5
-
-
-def assert_same_trajectory(
-    one: Run, other: Run, steps: int = STEPS, distance: float = 1e-5, loss: float = 1e-4
-) -> None:
-    for role in ("weights", "ema"):
-        assert relative_l2(weights(one, role, steps), weights(other, role, steps)) <= distance
-    rows = [[row["loss"] for row in metric_rows(run)][:steps] for run in (one, other)]
-    assert len(rows[0]) == len(rows[1]) == steps
-    assert max(abs(a / b - 1) for a, b in zip(*rows, strict=True)) <= loss
 
 
 POISONED = {

@@ -68,11 +68,11 @@ def closed_port() -> Iterator[int]:
 def test_tensorboard_events_come_with_the_checkpoints(run: Run) -> None:
     (logger,), attempt = start(run, "logging.tensorboard=true")
     assert isinstance(logger, TensorBoardLogger)
-    logger.publish(0)
+    logger.cut()()
     assert run.storage.list("tensorboard") == [], "nothing was logged yet"
     for images, values in ROWS:
         logger.log(images, values)
-        logger.publish(images)
+        logger.cut()()
     logger.log(30, {"loss": 7.0})
     logger.close()
     folder = f"tensorboard/{attempt.attempt:06d}"
@@ -140,7 +140,7 @@ def test_wandb_goes_on_with_its_run(run: Run, wandb_folder: Path) -> None:
         (logger,), attempt = start(run, *settings)
         logger.log(images, values)
         logger.log(images - 1, {"loss": 1.0})  # images may fall
-        logger.publish(images)
+        logger.cut()()
         logger.close()
         assert logger.errors == 0
     wandb.teardown()  # its service may still be writing
@@ -240,7 +240,7 @@ def test_mlflow_goes_on_with_its_run(run: Run, tmp_path: Path) -> None:
     for place, images, values in rows:
         (logger,), _ = start(place, *settings)
         logger.log(images, values)
-        logger.publish(images)
+        logger.cut()()
         logger.close()
         assert logger.errors == 0
     client = mlflow.MlflowClient(uri)

@@ -8,6 +8,7 @@ from data_pipeline.errors import UserError
 from tests.support import make_run, publish_checkpoint, tiny_recipe
 from trainer.checkpoint import SupersededError
 from trainer.manifest import AttemptEnd, parse_checkpoint_name
+from trainer.recipe_sections import CheckpointSection
 from trainer.retention import Retention
 from trainer.run import PIN_LIFETIME_SECONDS, CheckpointGoneError, Run
 from trainer.unet import UNet
@@ -114,7 +115,7 @@ def test_select(tmp_path: Path) -> None:
 def test_pins_protect_from_retention_until_they_fall_silent(tmp_path: Path) -> None:
     run = make_run(str(tmp_path), images_list=(64, 128, 192, 256))
     now = [0.0]
-    retention = Retention(run, keep=2, monotonic=lambda: now[0])
+    retention = Retention(run, CheckpointSection(every_images=1, keep=2), monotonic=lambda: now[0])
     pin = run.pin("0000000064-000001", "evaluator")
     with pin:
         retention.apply()

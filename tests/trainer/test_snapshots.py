@@ -11,7 +11,7 @@ from tests.support import make_run
 from tests.trainer.power_support import POWER, SHA, manifest_of
 from tests.trainer.weights_support import small_recipe
 from trainer.checkpoint import DamagedCheckpointError, SupersededError
-from trainer.recipe_sections import EmaProfile
+from trainer.recipe_sections import CheckpointSection, EmaProfile
 from trainer.retention import Retention
 from trainer.run import Run
 from trainer.snapshots import live_snapshots, read_average, snapshot_is_due, write_snapshot
@@ -82,7 +82,7 @@ def test_retention_never_touches_them(tmp_path: Path) -> None:
     for images in (64, 128, 192, 256):
         keep(run, 1, images)
     now = [0.0]
-    retention = Retention(run, keep=2, monotonic=lambda: now[0])
+    retention = Retention(run, CheckpointSection(every_images=1, keep=2), monotonic=lambda: now[0])
     retention.apply()
     now[0] = 1e6
     retention.apply()

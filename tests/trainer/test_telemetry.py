@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.support import metric_rows
@@ -22,8 +22,8 @@ class Listener:
         self.heard.append((images, dict(values)))
         self.errors += len(self.heard) % 2
 
-    def publish(self, images: int) -> None:
-        self.heard.append(f"published at {images}")
+    def cut(self) -> Callable[[], None]:
+        return lambda: self.heard.append("published")
 
     def close(self) -> None:
         self.heard.append("closed")
@@ -32,13 +32,16 @@ class Listener:
 def test_rows_become_segments_with_the_checkpoints(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"))
     log = MetricsLog(run, 3, images=100)
-    log.publish(100)
+    log.cut(100)
+    log.flush()
     assert run.storage.list("metrics") == [], "no rows, no segment"
     log.log(110, {"loss": 0.5, "grad_norm": math.nan})
     log.log(120, {"loss": 0.25, "grad_norm": math.inf})
-    log.publish(120)
+    log.cut(120)
+    log.flush()
     log.log(130, {"loss": 0.125})
-    log.publish(140)
+    log.cut(140)
+    log.flush()
     log.log(150, {"loss": 9.0})
     log.close()
     assert run.storage.list("metrics/000003") == ["0000000100.jsonl", "0000000120.jsonl"]
@@ -56,7 +59,8 @@ def test_segments_are_never_replaced(tmp_path: Path) -> None:
     for loss in (1.0, 2.0):
         log = MetricsLog(run, 1, images=0)
         log.log(10, {"loss": loss})
-        log.publish(10)
+        log.cut(10)
+        log.flush()
     assert [row["loss"] for row in metric_rows(run)] == [1.0]
 
 
@@ -65,15 +69,17 @@ def test_loggers_hear_of_everything_and_their_errors_are_a_metric(tmp_path: Path
     log = MetricsLog(run, 1, 0, [listener, other])
     log.log(10, {"loss": 0.5})
     log.log(20, {"loss": math.inf})
-    log.publish(20)
-    log.publish(30)
+    log.cut(20)
+    log.flush()
+    log.cut(30)
+    log.flush()
     log.log(40, {"loss": 0.5})
     log.close()
     assert listener.heard == other.heard
     assert listener.heard == [
         (10, {"loss": 0.5, "logger_errors": 0.0}),
         (20, {"loss": math.inf, "logger_errors": 2.0}),
-        "published at 20",
+        "published",
         (40, {"loss": 0.5, "logger_errors": 2.0}),
         "closed",
     ]

@@ -16,7 +16,7 @@ from data_pipeline.build import build
 from data_pipeline.errors import UserError
 from data_pipeline.sources.digits import DigitsSource
 from tests.support import TINY, make_run, metric_rows, start_training
-from trainer.checkpoint import read_part
+from trainer.parts import read_part
 from trainer.recipe import load_recipe
 from trainer.run import Run
 from trainer.supervisor import Placement, supervise

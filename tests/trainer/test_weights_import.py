@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from eval.sampling import SamplerSettings, sample_images
+from tests.trainer.thread_ranks import alone
 from tests.trainer.unet_support import output
 from tests.trainer.weights_support import (
     OPENAI,
@@ -27,8 +28,10 @@ from tests.trainer.weights_support import (
     random_run,
     save,
 )
-from trainer.checkpoint import Slice, load_state, read_part, verify
+from trainer.checkpoint import Slice, verify
 from trainer.manifest import ANY_DATA
+from trainer.parts import read_part
+from trainer.restore import load_state
 from trainer.run import Run
 from trainer.unet import UNet
 from trainer.weights import load_for_inference
@@ -286,7 +289,7 @@ def test_training_can_load_its_state(imported: Run) -> None:
             slices.append(
                 Slice(name, start, stop, {role: torch.full((stop - start,), torch.nan) for role in roles})
             )
-    load_state(imported, manifest, slices)
+    load_state(imported, manifest, slices, alone())
     (entry,) = [entry for entry in manifest.files if entry.role == "weights"]
     weights = read_part(imported, manifest, entry)
     for piece in slices:

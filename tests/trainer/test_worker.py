@@ -13,7 +13,7 @@ import torch
 from data_pipeline.build import build
 from data_pipeline.sources.digits import DigitsSource
 from tests.support import TINY
-from trainer.checkpoint import read_part
+from trainer.parts import read_part
 from trainer.run import Run
 from trainer.unet import UNet
 

@@ -17,12 +17,12 @@ from trainer.manifest import (
     ANY_DATA,
     Attempt,
     AttemptEnd,
-    FileEntry,
     FileRecord,
     Manifest,
     Topology,
     checkpoint_name,
 )
+from trainer.parts import Part, write_part
 from trainer.recipe import Recipe
 from trainer.run import Run
 from trainer.weights.convert import read_foreign
@@ -104,8 +104,8 @@ def import_weights(place: str, recipe: Recipe, run: Run, options: ImportOptions)
     run.adopt_recipe(recipe)
     attempt = run.claim_attempt(None, socket.gethostname(), recipe, ANY_DATA)
     name = checkpoint_name(options.images, attempt.attempt)
-    files = _write_parts(run, name, recipe, found.weights, found.averages)
-    checkpoints.publish(run, _manifest(attempt, recipe, options.images, files))
+    parts = _write_parts(run, name, recipe, found.weights, found.averages)
+    checkpoints.publish(run, _manifest(attempt, recipe, options.images), parts)
     facts = Imported(
         run=run.url,
         checkpoint=name,
@@ -127,12 +127,12 @@ def import_weights(place: str, recipe: Recipe, run: Run, options: ImportOptions)
 
 def _write_parts(
     run: Run, name: str, recipe: Recipe, weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]
-) -> list[FileEntry]:
+) -> list[Part]:
     """Write all parts of the checkpoint as training would: Adam's moments are zero."""
-    files = [checkpoints.write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights")]
+    parts = [write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights")]
     for profile in recipe.ema:
         file = checkpoints.ema_file(profile)
-        files.append(checkpoints.write_part(run, name, file, averages, "ema", ema=profile))
+        parts.append(write_part(run, name, file, averages, "ema", ema=profile))
     slices = []
     for parameter, tensor in weights.items():
         master = tensor.flatten()
@@ -141,13 +141,12 @@ def _write_parts(
             "exp_avg": torch.zeros_like(master),
             "exp_avg_sq": torch.zeros_like(master),
         }
-        # A safetensors file holds no tensor twice: every profile gets numbers of its own.
-        state |= {f"ema.{profile}": averages[parameter].flatten().clone() for profile in recipe.ema}
+        state |= {f"ema.{profile}": averages[parameter].flatten() for profile in recipe.ema}
         slices.append(checkpoints.Slice(parameter, 0, tensor.numel(), state))
-    return [*files, checkpoints.write_state(run, name, 0, slices)]
+    return [*parts, checkpoints.write_state(run, name, 0, slices)]
 
 
-def _manifest(attempt: Attempt, recipe: Recipe, images: int, files: list[FileEntry]) -> Manifest:
+def _manifest(attempt: Attempt, recipe: Recipe, images: int) -> Manifest:
     return Manifest(
         run=attempt.run,
         attempt=attempt.attempt,
@@ -159,7 +158,6 @@ def _manifest(attempt: Attempt, recipe: Recipe, images: int, files: list[FileEnt
         recipe_sha=attempt.recipe_sha,
         index_sha=ANY_DATA,
         topology=Topology(world=1, zero_stage=recipe.deepspeed.zero_stage, device="cpu"),
-        files=files,
     )
 
 

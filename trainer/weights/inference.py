@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from trainer.checkpoint import read_part
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.manifest import FileEntry, Manifest
+from trainer.parts import read_part
 from trainer.recipe import Recipe
 from trainer.run import Run
 from trainer.unet import UNet
@@ -84,12 +84,17 @@ def assemble(
 ) -> dict[str, Tensor]:
     """Put whole float32 tensors together from flat pieces (parameter, start, stop, numbers).
 
-    The pieces must cover every tensor exactly once.
+    The pieces must cover every tensor exactly once; one that does so alone is not copied.
     """
-    flat = {name: torch.empty(shape.numel(), dtype=torch.float32) for name, shape in shapes.items()}
+    whole: dict[str, Tensor] = {}
     covered = dict.fromkeys(shapes, 0)
     for name, start, stop, numbers in pieces:
-        flat[name][start:stop] = numbers
         covered[name] += stop - start
+        if stop - start == shapes[name].numel():
+            whole[name] = numbers
+        else:
+            whole.setdefault(name, torch.empty(shapes[name].numel(), dtype=numbers.dtype))[start:stop] = (
+                numbers
+            )
     assert all(covered[name] == shape.numel() for name, shape in shapes.items())
-    return {name: flat[name].view(shapes[name]) for name in shapes}
+    return {name: whole[name].view(shape) for name, shape in shapes.items()}

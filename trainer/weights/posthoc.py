@@ -18,8 +18,9 @@ from data_pipeline.documents import Document, sha256_hex
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
 from data_pipeline.storage import Storage
-from trainer.checkpoint import WEIGHTS_FILE, read_verified
+from trainer.checkpoint import WEIGHTS_FILE
 from trainer.manifest import FileRecord
+from trainer.parts import read_verified
 from trainer.power_ema import WIDEST_STD, Fit, PowerAverage, fit
 from trainer.recipe import Recipe, parse_recipe
 from trainer.run import Run
