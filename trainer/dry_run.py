@@ -129,11 +129,13 @@ class Host(_Part):
         coded: Most of coded pictures, read ahead.
         decoded: Of decoded batches.
         offloaded: By the optimizer's offloading.
+        copies: Of the state, from which checkpoints are written.
     """
 
     coded: int
     decoded: int
     offloaded: int
+    copies: int
 
 
 class DryRun(Document):
@@ -223,6 +225,7 @@ def dry_run(
     speed = Speed(images_per_second=None, basis=basis)
     if rate is not None:
         speed = _speed(recipe, schedule, data, batch, sent, rate, basis)
+    written = _written(recipe, ranks, schedule, speed)
     return DryRun(
         run=run.url if run else "",
         precision=recipe.precision.value,
@@ -230,13 +233,13 @@ def dry_run(
         nodes=nodes,
         batch=batch,
         schedule=schedule,
-        written=_written(recipe, ranks, schedule, speed),
+        written=written,
         arithmetic=arithmetic,
         memory=memory,
         layout=layout,
         micro_batches=_micro_batches(recipe, memory[layout], gpu_gib),
         sent=sent,
-        host=_host(recipe, batch, memory[layout]),
+        host=_host(recipe, batch, memory[layout], written),
         data=data,
         speed=speed,
         max_minutes=recipe.train.max_minutes,
@@ -251,13 +254,14 @@ def _micro_batches(recipe: Recipe, memory: RankMemory, gpu_gib: float | None) ->
     }
 
 
-def _host(recipe: Recipe, batch: BatchPlan, memory: RankMemory) -> Host:
+def _host(recipe: Recipe, batch: BatchPlan, memory: RankMemory, written: Written) -> Host:
     image, data = recipe.image, recipe.data
     pictures = (data.prefetch_batches + _BATCHES_IN_USE) * batch.most
     return Host(
         coded=data.prefetch_mib << 20,
         decoded=pictures * image.size**2 * image.channels,
         offloaded=memory.host,
+        copies=written.state_of_rank,
     )
 
 

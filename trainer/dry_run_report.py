@@ -145,8 +145,9 @@ def _rank(plan: DryRun) -> Iterator[Row]:
         yield "sends", f"{_size(plan.sent)} per update{pace}"
     pictures = f"at most {_size(host.coded)} coded and {_size(host.decoded)} decoded pictures"
     offloaded = f", {_size(host.offloaded)} offloaded" if host.offloaded else ""
-    total = _size(ranks * (host.coded + host.decoded + host.offloaded))
-    yield "holds on the host", f"{pictures}{offloaded}; a node's {_count(ranks, 'rank')}: {total}"
+    copies = f", {_size(host.copies)} of state for checkpoints"
+    total = _size(ranks * (host.coded + host.decoded + host.offloaded + host.copies))
+    yield "holds on the host", f"{pictures}{offloaded}{copies}; a node's {_count(ranks, 'rank')}: {total}"
 
 
 def _memory(plan: DryRun) -> Table:
