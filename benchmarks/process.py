@@ -1,11 +1,13 @@
-"""A contender in a process of its own, which answers one JSON line for every JSON line."""
+"""A contender in a process of its own, which answers one JSON line for every JSON line; or in several."""
 
+import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,3 +95,60 @@ class AnsweringProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()
+
+
+class AnsweringCrew:
+    """Processes that work together, as a context manager.
+
+    Args:
+        processes: By rank.
+    """
+
+    def __init__(self, processes: Sequence[AnsweringProcess]) -> None:
+        self.processes = list(processes)
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for process in self.processes:
+                stack.enter_context(process)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # one may be waiting for another that is gone
+            self.kill()
+        self._stack.close()
+
+    def ask(self, do: str, *, seconds: float = ANSWER_SECONDS, **arguments: object) -> list[Any]:
+        """Let all do something; return their answers, by rank.
+
+        Raises:
+            Hang: One does not answer in time.
+            ChildProcessError: One has ended.
+        """
+        self.tell(do, **arguments)
+        return [process.answer(do, seconds=seconds) for process in self.processes]
+
+    def tell(self, do: str, **arguments: object) -> None:
+        """Let all do something."""
+        for process in self.processes:
+            process.tell(do, **arguments)
+
+    def kill(self) -> None:
+        """End all at once, whatever they are doing."""
+        for process in self.processes:
+            process.kill()
+
+
+def rank_variables(ranks: int) -> list[dict[str, str]]:
+    """Return what a launcher on this machine tells every rank of a job on the processor, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]

@@ -18,8 +18,8 @@ class Bar(Record):
 
     Attributes:
         name: No spaces; says what was compared, with precision and batch.
-        value: Peer's seconds over ours; None if one of them could not be measured.
-        target: What the value must reach.
+        value: Peer's seconds over ours, or what `measured` says; None if it could not be measured.
+        target: What the value must reach; in a bar of `most_bar` what it must not pass.
         ok: Whether it does, by enough samples.
         measured: What the value was made from.
     """
@@ -74,13 +74,32 @@ def ratio_bar(
         reservation: Why the samples cannot decide, if so; makes the bar short.
     """
     value = theirs.median / ours.median
-    repeats = min(len(ours.wall), len(theirs.wall))
-    if repeats < MIN_REPEATS:
-        reservation = f"{repeats} repeats decide nothing, {MIN_REPEATS} are needed"
+    reservation = few(min(len(ours.wall), len(theirs.wall))) or reservation
     if reservation is not None:
         measured += f"; {reservation}"
     ok = value >= target and reservation is None
     return Bar(name=name, value=value, target=target, ok=ok, measured=measured)
+
+
+def most_bar(name: str, target: float, value: float, measured: str, reservation: str | None = None) -> Bar:
+    """Judge a number that must not be larger than its target.
+
+    Args:
+        name: The bar's name.
+        target: The largest value that is good enough.
+        value: The number.
+        measured: What it is made of.
+        reservation: Why the samples cannot decide, if so; makes the bar short.
+    """
+    if reservation is not None:
+        measured += f"; {reservation}"
+    ok = value <= target and reservation is None
+    return Bar(name=name, value=value, target=target, ok=ok, measured=measured)
+
+
+def few(repeats: int) -> str | None:
+    """Why so many samples decide nothing; None if they are enough."""
+    return None if repeats >= MIN_REPEATS else f"{repeats} repeats decide nothing, {MIN_REPEATS} are needed"
 
 
 def fastest(

@@ -26,7 +26,7 @@ from trainer.run import Run
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES: Final = 1 << 15
+BLOCK_BYTES: Final = 1 << 14
 """Bytes of a block that has a checksum: small beside what a rank needs, many times the checksum's four."""
 READS: Final = 2
 """Independent reads before something counts as damaged: one transfer may go wrong."""

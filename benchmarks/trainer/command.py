@@ -26,7 +26,7 @@ from benchmarks.trainer.bars import RANKS, bars, remarks
 from benchmarks.trainer.contenders import BARE, EXAMPLE
 from benchmarks.trainer.job import BATCH, Job
 from benchmarks.trainer.site import Site, site
-from benchmarks.trainer.turns import STEP_HEADER, StepTimes, Turns
+from benchmarks.trainer.turns import STEP_HEADER, WARM_UP_STEPS, StepTimes, Turns
 from data_pipeline.documents import Document
 
 PICTURES: Final = 2_000
@@ -135,7 +135,7 @@ def _measure(place: Site, options: Options, *, example: bool) -> tuple[list[Step
     few = math.ceil(options.steps / _SHARE)
     with ExitStack() as stack:
         turns = [
-            Turns(stack.enter_context(place.start(job)), steps)
+            Turns(stack.enter_context(place.start(job)), steps, _warm_up_steps(steps, few))
             for job, steps in _jobs(place, options, few, example=example)
         ]
         for each in turns:
@@ -143,6 +143,15 @@ def _measure(place: Site, options: Options, *, example: bool) -> tuple[list[Step
             print(f"{each.name} is training")
         samples, load = take_turns([each.take for each in turns], options.repeats, own=tree_seconds)
         return [each.times(own) for each, own in zip(turns, samples, strict=True)], load
+
+
+def _warm_up_steps(steps: int, few: int) -> int:
+    """How many untimed steps come first.
+
+    A checkpoint is written while training goes on. For its whole cost to lie in the sample that it belongs
+    to, the sample must have many steps after it: so who writes them takes more than half a sample beforehand.
+    """
+    return WARM_UP_STEPS if steps == few else max(WARM_UP_STEPS, 3 * steps // 5)
 
 
 def _jobs(place: Site, options: Options, few: int, *, example: bool) -> list[tuple[Job, int]]:

@@ -1,25 +1,21 @@
 """Whose loops are measured: our bare step, our whole loop, and diffusers' example."""
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.harness import OURS
 from benchmarks.network import Batch
 from benchmarks.peers import diffusers_example
+from benchmarks.trainer.group import process_group
 from benchmarks.trainer.job import Job
 from benchmarks.trainer.pace import Pace
-from trainer import extensions
 from trainer.clock import adam_epsilon, learning_rate
-from trainer.distributed import Environment, Ranks
 from trainer.ema import PartitionedEma
 from trainer.run import Run
 from trainer.stop import StopReason, StopRequest
@@ -44,10 +40,10 @@ class PacedStop(StopRequest):
 
 def run_bare(job: Job, pace: Pace) -> None:
     """Forward, backward, Adam, over and over on one batch in memory: the least that a step can be."""
-    with _process_group() as ranks:
+    with process_group() as ranks:
         from trainer.engine import Engine  # late, as all that imports DeepSpeed
 
-        recipe = job.recipe()
+        recipe = job.recipe().for_ranks(ranks.world)
         config, optimizer = recipe.unet_config(), recipe.optimizer
         network = UNet(config, torch.Generator().manual_seed(recipe.seed))
         engine = Engine(recipe, network, ranks, micro_steps=1)
@@ -72,7 +68,7 @@ def run_ours(job: Job, pace: Pace) -> None:
         update(ema, images, batch)
         pace.note("ema", time.perf_counter() - began)
 
-    with _process_group() as ranks:
+    with process_group() as ranks:
         from trainer.loop import train
 
         recipe = job.recipe()
@@ -92,20 +88,6 @@ def run_example(job: Job, pace: Pace) -> None:
         before_step=pace.before_step,
         after_step=lambda loss: pace.note("loss", loss),
     )
-
-
-@contextlib.contextmanager
-def _process_group() -> Iterator[Ranks]:
-    """Join the process group that the environment describes."""
-    extensions.prepare()
-    os.environ.update(extensions.environment())
-    from trainer.engine import init_process_group
-
-    init_process_group(Environment.from_launcher(), timeout_seconds=600.0)
-    try:
-        yield Ranks(Environment.from_launcher())
-    finally:
-        dist.destroy_process_group()
 
 
 CONTENDERS: Final[dict[str, Callable[[Job, Pace], None]]] = {

@@ -1,7 +1,6 @@
 """The pictures, the S3 server that holds their shards and our runs, and the contenders' processes."""
 
 import contextlib
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import s3fs
 from benchmarks.data_build.running import built, scratch_below
 from benchmarks.encodings import photographs
 from benchmarks.harness import Precision
-from benchmarks.process import ANSWER_SECONDS, AnsweringProcess
+from benchmarks.process import ANSWER_SECONDS, AnsweringCrew, AnsweringProcess, rank_variables
 from benchmarks.trainer.contenders import EXAMPLE
 from benchmarks.trainer.job import BATCH, LOG_STEPS, SMALL, Job, Turn
 from data_pipeline.build import BuildOptions
@@ -111,7 +110,7 @@ class Site:
         return written
 
 
-class Crew:
+class Crew(AnsweringCrew):
     """The processes of one contender, as a context manager.
 
     Args:
@@ -122,30 +121,18 @@ class Crew:
 
     def __init__(self, job: Job, env: dict[str, str], place: Path) -> None:
         self.job = job
-        launched = {} if job.contender == EXAMPLE else _launcher(job.ranks)
-        self._processes = [
+        launched = [{}] if job.contender == EXAMPLE else rank_variables(job.ranks)
+        processes = [
             AnsweringProcess(
                 "benchmarks.trainer.worker",
                 f"{job.name}, rank {rank}",
                 job.model_dump_json(),
-                {**env, **launched, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else {})},
+                {**env, **variables},
                 place / f"{job.contender}-{job.precision}-{job.ranks}-{rank}.log",
             )
-            for rank in range(job.ranks)
+            for rank, variables in enumerate(launched)
         ]
-
-    def __enter__(self) -> "Crew":
-        with contextlib.ExitStack() as stack:
-            for process in self._processes:
-                stack.enter_context(process)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # one may be waiting for another that is gone
-            for process in self._processes:
-                process.kill()
-        self._stack.close()
+        super().__init__(processes)
 
     def steps(self, count: int, *, seconds: float = ANSWER_SECONDS) -> list[Turn]:
         """Let all ranks take so many steps; return what they cost each, by rank.
@@ -154,22 +141,7 @@ class Crew:
             Hang: One does not answer in time.
             ChildProcessError: One has ended.
         """
-        for process in self._processes:
-            process.tell("steps", steps=count)
-        return [Turn.model_validate(process.answer("steps", seconds=seconds)) for process in self._processes]
-
-
-def _launcher(ranks: int) -> dict[str, str]:
-    """What a launcher tells every rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-    }
+        return [Turn.model_validate(each) for each in self.ask("steps", seconds=seconds, steps=count)]
 
 
 def _credentials(server: S3Server) -> dict[str, str]:

@@ -68,10 +68,11 @@ class Turns:
     Args:
         crew: Its running processes.
         steps: Of a turn.
+        warm_up_steps: Untimed ones before the first turn.
     """
 
-    def __init__(self, crew: Crew, steps: int) -> None:
-        self._crew, self._steps = crew, steps
+    def __init__(self, crew: Crew, steps: int, warm_up_steps: int = WARM_UP_STEPS) -> None:
+        self._crew, self._steps, self._warm_up_steps = crew, steps, warm_up_steps
         self._turns: list[list[Turn]] = []
         self._losses: list[float] = []
 
@@ -82,7 +83,7 @@ class Turns:
 
     def warm_up(self) -> None:
         """Take the untimed first steps; the processes are up and training when this returns."""
-        self._losses += self._crew.steps(WARM_UP_STEPS)[0].notes.get("loss", [])
+        self._losses += self._crew.steps(self._warm_up_steps)[0].notes.get("loss", [])
 
     def take(self) -> tuple[float, float]:
         """Take one turn; return wall and processor seconds of a step."""
