@@ -114,12 +114,12 @@ class RemoteFiles:
         file = self._fs.open(path, "wb", block_size=_PIECE_BYTES)
         try:
             fill(file)
+            file.close()
         except BaseException:
-            # Closing would complete what is there so far.
+            # Closing, which a lost file would do by itself, would complete what is there so far.
             file.closed = True
             file.discard()
             raise
-        file.close()
 
     def list(self, path: str) -> list[str]:
         """Names of the immediate children; a store without such a prefix answers nothing."""

@@ -249,6 +249,8 @@ class Service:
                     return i, name
             except CheckpointGoneError as error:
                 log.warning("skipped: %s", error)
+            except DamagedCheckpointError as fault:
+                self._note_fault(tasks[i].book, name, fault)
         if waiting or not self._options.until_finished or ended is None or ended.outcome == "requeue":
             return "idle"
         for task in tasks:  # another worker's last update may have crossed ours
@@ -295,12 +297,7 @@ class Service:
             self._team.on_main(book.update_best)
             return published
         except StorageFault as fault:
-            key = (book.directory, checkpoint)
-            self._failures[key] += 1
-            if isinstance(fault, DamagedCheckpointError) and self._failures[key] >= _DAMAGED_TRIES:
-                self._given_up.add(key)
-                self.summary.damaged += 1
-                log.error("%s left out after %d tries: %s", checkpoint, _DAMAGED_TRIES, fault)
+            self._note_fault(book, checkpoint, fault)
             raise
         finally:
             # Main process only and without an exchange: others may have failed elsewhere.
@@ -308,6 +305,15 @@ class Service:
                 self._claim.close()
             except StorageFault as fault:
                 log.warning("claim of %s not given back, it runs out by itself: %s", checkpoint, fault)
+
+    def _note_fault(self, book: ResultBook, checkpoint: str, fault: StorageFault) -> None:
+        """Count a failed try; what is damaged is left out after some."""
+        key = (book.directory, checkpoint)
+        self._failures[key] += 1
+        if isinstance(fault, DamagedCheckpointError) and self._failures[key] >= _DAMAGED_TRIES:
+            self._given_up.add(key)
+            self.summary.damaged += 1
+            log.error("%s left out after %d tries: %s", checkpoint, _DAMAGED_TRIES, fault)
 
     def _report(self, result: Result, report: Callable[[Result], None]) -> None:
         if self._team.is_main:

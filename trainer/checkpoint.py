@@ -5,7 +5,8 @@ layout that wrote them: `trainer.restore` loads any checkpoint into any layout. 
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,7 +54,9 @@ def ema_file(profile: str) -> str:
     return f"ema-{profile}.safetensors"
 
 
-def write_state(run: Run, checkpoint: str, rank: int, slices: Sequence[Slice]) -> Part:
+def write_state(
+    run: Run, checkpoint: str, rank: int, slices: Sequence[Slice], *, deadline: float = math.inf
+) -> Part:
     """Write the state part of one rank, role after role: what another layout needs then lies together."""
     roles = dict.fromkeys(role for piece in slices for role in piece.tensors)
     tensors = {
@@ -62,7 +65,8 @@ def write_state(run: Run, checkpoint: str, rank: int, slices: Sequence[Slice]) -
         for piece in slices
         if role in piece.tensors
     }
-    return write_part(run, checkpoint, f"state/rank-{rank:04d}.safetensors", tensors, "state")
+    path = f"state/rank-{rank:04d}.safetensors"
+    return write_part(run, checkpoint, path, tensors, "state", deadline=deadline)
 
 
 def publish(run: Run, draft: Manifest, parts: Sequence[Part]) -> Manifest:
@@ -81,6 +85,7 @@ def publish(run: Run, draft: Manifest, parts: Sequence[Part]) -> Manifest:
         SupersededError: A newer attempt exists, or published this name first.
     """
     name = draft.name
+    _check_newest(run, draft)  # before anything of it is missed: the newest attempt removes what it leaves
     table = b"".join(part.crcs for part in parts)
     run.storage.write(f"checkpoints/{name}/{CHECKSUMS_FILE}", table)
     checksums = Checksums(
@@ -88,15 +93,19 @@ def publish(run: Run, draft: Manifest, parts: Sequence[Part]) -> Manifest:
     )
     manifest = draft.model_copy(update={"files": [part.entry for part in parts], "checksums": checksums})
     check_sizes(run, manifest)
-    newest = run.newest_attempt()
-    if newest != manifest.attempt:
-        raise SupersededError(
-            f"{run.url}: attempt {newest} has taken the run over from attempt {manifest.attempt}; "
-            "train a run from one place at a time"
-        )
+    _check_newest(run, draft)
     if not run.storage.create(f"checkpoints/{name}/manifest.json", manifest.to_json()):
         raise SupersededError(f"{run.url}: checkpoint {name} was already published by somebody else")
     return manifest
+
+
+def _check_newest(run: Run, draft: Manifest) -> None:
+    newest = run.newest_attempt()
+    if newest != draft.attempt:
+        raise SupersededError(
+            f"{run.url}: attempt {newest} has taken the run over from attempt {draft.attempt}; "
+            "train a run from one place at a time"
+        )
 
 
 def folder_of(run: Run, manifest: Manifest) -> Storage:
@@ -121,13 +130,19 @@ def check_sizes(run: Run, manifest: Manifest) -> None:
             raise DamagedCheckpointError(f"{where}: {size} bytes, {record.bytes} were written")
 
 
-def verify(run: Run, manifest: Manifest) -> None:
+def verify(run: Run, manifest: Manifest, beat: Callable[[], None] = lambda: None) -> None:
     """Read every file of a checkpoint and check its size and hash.
+
+    Args:
+        run: The run.
+        manifest: The checkpoint's.
+        beat: Called before each file, e.g. to keep a pin alive.
 
     Raises:
         DamagedCheckpointError: Naming the first that fails.
     """
     for record in [*manifest.files, *filter(None, [manifest.checksums])]:
+        beat()
         read_verified(folder_of(run, manifest), record)
 
 
@@ -158,9 +173,14 @@ def newest_whole(run: Run, refused: Collection[str] = ()) -> Manifest | None:
             log.warning("checkpoint %s is passed over: %s", name, error)
             continue
         return manifest
-    if live:
+    if live or refused or _parent_of_newest(run) is not None:
         raise DamagedCheckpointError(
             f"{run.url}: none of the {len(live)} live checkpoints verifies; restore their files, or start "
             "another run"
         )
     return None
+
+
+def _parent_of_newest(run: Run) -> str | None:
+    newest = run.newest_attempt()
+    return run.attempt(newest).parent if newest else None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.device import DeviceBatch, DeviceStream
+from data_pipeline.errors import StorageFault
 from data_pipeline.progress import Progress
 from data_pipeline.stream import StreamCounts
 from trainer.batches import micro_steps
@@ -104,10 +105,17 @@ def _attempt(ranks: Ranks, trainer: "Trainer", stop: StopRequest) -> StopReason 
         trainer.writer.wait()
         # What led here stays readable, though it is no part of the run's lineage any more.
         trainer.metrics.cut(trainer.state.images)
-        ranks.on_main(trainer.metrics.flush)
+        ranks.on_main(lambda: _flush(trainer.metrics))
         return trouble.with_traceback(None)
     finally:
         trainer.close()
+
+
+def _flush(metrics: MetricsLog) -> None:
+    try:
+        metrics.flush()
+    except StorageFault as error:
+        log.warning("metrics of the attempt that is rolled back are lost: %s", error)
 
 
 def _roll_back(recipe: Recipe, run: Run, session: Session, trouble: RollBackError) -> Session:
@@ -191,11 +199,13 @@ class Trainer:
                 if is_due(recipe.logging.every_images, before, state.images):
                     self.log_metrics(progress)
                 if is_due(recipe.checkpoint.every_images, before, state.images):
-                    self.save(snapshot=snapshot_is_due(recipe, before, state.images))
+                    is_last = state.images >= recipe.train.images or reason is not StopReason.NONE
+                    self.save(snapshot=is_last or snapshot_is_due(recipe, before, state.images))
                 elif snapshot_is_due(recipe, before, state.images):
                     self.save(checkpoint=False, snapshot=True)
                 profiler.step()
         self.finish()
+        assert reason is not StopReason.FAULT, "what could not be written is raised when it is waited for"
         self._end("requeue" if reason is StopReason.REQUESTED else "finished")
         return reason
 

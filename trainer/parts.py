@@ -8,6 +8,8 @@ needs a part of a file need not read the rest to trust it.
 import hashlib
 import json
 import logging
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Final, Literal
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.documents import sha256_hex
+from data_pipeline.errors import StorageFault
 from data_pipeline.storage import Storage
 from trainer.manifest import DamagedCheckpointError, FileEntry, FileRecord, Manifest
 from trainer.run import Run
@@ -53,14 +56,16 @@ class Part:
 class _HashingFile:
     """Passes bytes on to a file and hashes them: whole, and block by block."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, deadline: float) -> None:
+        self._file, self._deadline = file, deadline
         self.sha256 = hashlib.sha256()
         self.bytes = 0
         self._crcs: list[int] = []
 
     def write(self, data: Bytes) -> None:
         for begin in range(0, len(data), _PIECE_BYTES):
+            if time.monotonic() >= self._deadline:
+                raise StorageFault("the store is too slow: a part was not written by its deadline")
             piece = data[begin : begin + _PIECE_BYTES]
             self.sha256.update(piece.data)
             self._file.write(piece.data)
@@ -90,16 +95,30 @@ def write_part(
     tensors: Mapping[str, Tensor],
     role: Literal["weights", "ema", "state", "timesteps"],
     ema: str | None = None,
+    *,
+    deadline: float = math.inf,
 ) -> Part:
     """Write one part of a checkpoint that is not yet published, its tensors in the mapping's order.
 
     Nothing is copied but what lies on a device or is not contiguous, one tensor at a time.
+
+    Args:
+        run: The run.
+        checkpoint: Name of the checkpoint.
+        path: Of the part within its folder.
+        tensors: By name.
+        role: What they are.
+        ema: Of averages, their profile.
+        deadline: Moment of `time.monotonic` after which no more is written.
+
+    Raises:
+        StorageFault: The store failed for longer than the retries last, or was too slow.
     """
     header = np.frombuffer(_header(tensors), np.uint8)
     tries: list[_HashingFile] = []
 
     def fill(file: BinaryIO) -> None:
-        tries.append(_HashingFile(file))
+        tries.append(_HashingFile(file, deadline))
         tries[-1].write(header)
         for tensor in tensors.values():
             tries[-1].write(_bytes_of(tensor))

@@ -73,7 +73,7 @@ def load_state(run: Run, manifest: Manifest, slices: Sequence[Slice], ranks: Ran
 
     def find() -> list[_Found]:
         found = [_find(part, slices) for part in parts]
-        _check_coverage(run, manifest, slices, [overlap for each in found for overlap in each.overlaps])
+        _check_coverage(run, manifest, slices, found)
         return found
 
     found = _together(ranks, find)
@@ -169,11 +169,13 @@ class _Found:
 
     Attributes:
         overlaps: What it needs of it.
+        roles: Of which there is something in it, whoever needs it.
         needed: The blocks that hold that, and its header.
         header_blocks: How many blocks were read for the header.
     """
 
     overlaps: list[_Overlap]
+    roles: frozenset[str]
     needed: Mask
     header_blocks: int
 
@@ -197,14 +199,15 @@ def _find(part: _Part, slices: Sequence[Slice]) -> _Found:
     """Read a part's header and find what of it the slices want."""
     needed = np.zeros(part.count, dtype=np.bool_)
     if part.entry.role != "state":
-        return _Found([], needed, 0)
+        return _Found([], frozenset(), needed, 0)
     data, header_bytes = _read_header(part)
     by_parameter: dict[str, list[Slice]] = {}
     for piece in slices:
         by_parameter.setdefault(piece.parameter, []).append(piece)
-    overlaps = []
+    overlaps, roles = [], set()
     for key, value in json.loads(data[8:header_bytes]).items():
         role, parameter, start, stop = _parse_key(key)
+        roles.add(role)
         dtype = DTYPES[value["dtype"]]
         for piece in by_parameter.get(parameter, []):
             first, last = max(piece.start, start), min(piece.stop, stop)
@@ -218,7 +221,7 @@ def _find(part: _Part, slices: Sequence[Slice]) -> _Found:
     needed[:header_blocks] = True
     for overlap in overlaps:
         overlap.copy(data, 0)  # the last block of the header holds tensors, too
-    return _Found(overlaps, needed, header_blocks)
+    return _Found(overlaps, frozenset(roles), needed, header_blocks)
 
 
 def _read_header(part: _Part) -> tuple[bytes, int]:
@@ -237,14 +240,21 @@ def _parse_key(key: str) -> tuple[str, str, int, int]:
     return role, parameter, int(start), int(stop)
 
 
-def _check_coverage(
-    run: Run, manifest: Manifest, slices: Sequence[Slice], overlaps: Sequence[_Overlap]
-) -> None:
+def _check_coverage(run: Run, manifest: Manifest, slices: Sequence[Slice], found: Sequence[_Found]) -> None:
+    """See that all the slices want is there, but for averages that the run did not have until now."""
+    known = frozenset().union(*(each.roles for each in found))
     missing: Counter[tuple[str, str]] = Counter()
+    new: set[str] = set()
     for piece in slices:
-        missing.update({(role, piece.parameter): piece.stop - piece.start for role in piece.tensors})
-    for overlap in overlaps:
+        for role in piece.tensors:
+            if role.startswith("ema.") and role not in known:
+                new.add(role.removeprefix("ema."))
+            else:
+                missing[role, piece.parameter] += piece.stop - piece.start
+    for overlap in (overlap for each in found for overlap in each.overlaps):
         missing[overlap.role, overlap.parameter] -= overlap.target.numel()
+    for profile in sorted(new):
+        log.warning("average %s is new: it begins with the weights of checkpoint %s", profile, manifest.name)
     for (role, parameter), count in missing.items():
         if count != 0:
             raise DamagedCheckpointError(

@@ -93,7 +93,7 @@ class Retention:
         try:
             content = self._run.storage.read(path)
         except FileNotFoundError:
-            return False
+            return True  # it was there a moment ago: its reader may have left word of what it read
         now = self._monotonic()
         seen = self._pins_seen.get(path)
         if seen is None or seen[0] != content:
@@ -123,7 +123,6 @@ def orphans(run: Run) -> list[Orphan]:
     Those are all but the newest, and that one, too, if it has ended.
     """
     newest, has_ended = run.newest_attempt(), run.ended() is not None
-    pins = run.pins()
     found = []
     for folder in _FOLDERS:
         for name in filter(is_checkpoint_name, run.storage.list(folder)):
@@ -133,8 +132,10 @@ def orphans(run: Run) -> list[Orphan]:
                 continue
             sizes = run.storage.sizes(f"{folder}/{name}")
             if sizes or run.storage.is_local:  # some object stores list a while what has been emptied
-                found.append(Orphan(f"{folder}/{name}", sum(sizes.values()), tuple(pins.get(name, []))))
-    return found
+                found.append((f"{folder}/{name}", name, sum(sizes.values())))
+    # Last: who has seen a manifest that is gone now had pinned before.
+    pins = run.pins()
+    return [Orphan(path, size, tuple(pins.get(name, []))) for path, name, size in found]
 
 
 def best_checkpoints(run: Run) -> set[str]:

@@ -48,7 +48,7 @@ class Pin:
         self.beat()
         try:
             self.manifest = self._run.manifest(self._checkpoint)
-        except CheckpointGoneError:
+        except BaseException:
             self._run.storage.delete(self._path)
             raise
         return self

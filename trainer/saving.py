@@ -5,12 +5,14 @@ whole tensors and, when all is written, the manifest. One checkpoint at a time: 
 """
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from typing import Final, TypeVar
 
@@ -36,7 +38,8 @@ T = TypeVar("T")
 _CLOSE_SECONDS: Final = 30.0
 """How long closing waits for a checkpoint on its way."""
 _MARGIN: Final = timedelta(minutes=5)
-"""How much longer than a checkpoint's deadline ranks wait for one another."""
+"""How much longer than a checkpoint's deadline ranks wait for one another: a request with its retries."""
+_PAUSE_SECONDS: Final = 1.0
 
 
 class NotPublishedError(StorageFault):
@@ -108,7 +111,8 @@ class CheckpointWriter:
     def has_failed(self) -> bool:
         """Whether `wait` would raise at once, on this rank; then it will on all."""
         result = self._result
-        return result is not None and result.done() and result.exception() is not None
+        error = result.exception() if result is not None and result.done() else None
+        return error is not None and not isinstance(error, NotPublishedError)
 
     def start(self, job: Job) -> None:
         """Copy the state and begin to write it, after waiting for what is on its way.
@@ -151,6 +155,8 @@ class CheckpointWriter:
             if self._thread.is_alive():
                 return  # in the middle of a collective, which ends with the process
         self._ranks.leave()
+        for copies in self._copies:
+            copies.clear()  # the next attempt may make its own while somebody still holds this object
 
     def _copy(self) -> None:
         for copies, flats in zip(self._copies, self._live, strict=True):
@@ -186,20 +192,16 @@ class CheckpointWriter:
         run, name = self._run, job.draft.name
         slices, weights = self._partition.slices(self._averages), self._whole(self._partition.masters)
 
-        def write() -> list[Part]:
-            parts = [checkpoints.write_state(run, name, self._ranks.rank, slices)]
-            if self._ranks.is_main:
-                parts.append(write_part(run, name, checkpoints.WEIGHTS_FILE, weights, "weights"))
-                for profile, tensors in averages.items():
-                    file = checkpoints.ema_file(profile)
-                    parts.append(write_part(run, name, file, tensors, "ema", ema=profile))
-                if job.timesteps:
-                    parts.append(
-                        write_part(run, name, checkpoints.TIMESTEPS_FILE, job.timesteps, "timesteps")
-                    )
-            return parts
-
-        mine = self._together(deadline, write)
+        put = partial(write_part, run, name, deadline=deadline)
+        writes = [partial(checkpoints.write_state, run, name, self._ranks.rank, slices, deadline=deadline)]
+        if self._ranks.is_main:
+            writes.append(partial(put, checkpoints.WEIGHTS_FILE, weights, "weights"))
+            for profile, tensors in averages.items():
+                writes.append(partial(put, checkpoints.ema_file(profile), tensors, "ema", ema=profile))
+            if job.timesteps:
+                writes.append(partial(put, checkpoints.TIMESTEPS_FILE, job.timesteps, "timesteps"))
+        # Each by itself: what is written need not be written again when a later one fails.
+        mine = self._together(lambda: [_until(deadline, write) for write in writes])
         return [part for parts in self._ranks.gather(mine) for part in parts]
 
     def _publish(self, draft: Manifest, parts: Sequence[Part]) -> None:
@@ -211,27 +213,28 @@ class CheckpointWriter:
         except StorageFault as error:
             log.warning("old checkpoints stay until the next one: %s", error)
 
-    def _together(self, deadline: float, action: Callable[[], T]) -> T:
-        """Do something on every rank, again and again until it succeeds; who fails fails all."""
-        failure: StorageFault | UserError | None = None
+    def _together(self, action: Callable[[], T]) -> T:
+        """Do something on every rank; who fails fails all."""
+        failure: Exception | None = None
         try:
-            result = _until(deadline, action)
-        except (StorageFault, UserError) as error:
+            result = action()
+        except Exception as error:  # noqa: BLE001  (raised below, once the other ranks know)
             failure = error
-        mine = None if failure is None else (isinstance(failure, UserError), str(failure))
+        mine = None if failure is None else (_code_of(failure), str(failure))
         failures = [each for each in self._ranks.gather(mine) if each is not None]
         if not failures:
             return result
-        if any(is_users for is_users, _ in failures):
-            raise failure if isinstance(failure, UserError) else FollowedError(ExitCode.USER_MISTAKE)
+        for code in (ExitCode.USER_MISTAKE, ExitCode.FAILED):
+            if any(each[0] is code for each in failures):
+                raise failure if failure is not None and _code_of(failure) is code else FollowedError(code)
         raise NotPublishedError(f"a checkpoint is given up: {failures[0][1]}")
 
     def _whole(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         return whole_tensors(self._ranks, self._partition, flats, self._shapes)
 
     def _on_main(self, deadline: float, action: Callable[[], None]) -> None:
-        """Do something on rank 0; its failure is that of all."""
-        self._together(deadline, action if self._ranks.is_main else lambda: None)
+        """Do something on rank 0, until it succeeds; its failure is that of all."""
+        self._together(lambda: _until(deadline, action) if self._ranks.is_main else None)
 
 
 def whole_tensors(
@@ -270,10 +273,19 @@ def _until(deadline: float, action: Callable[[], T]) -> T:
             return action()
         except DamagedCheckpointError:
             raise  # what was written is not there any more: somebody removes it
-        except StorageFault as error:
+        except (StorageFault, FileNotFoundError) as error:
             if time.monotonic() >= deadline:
                 raise
             log.warning("writing a checkpoint is tried again: %s", error)
+            time.sleep(random.uniform(0.0, _PAUSE_SECONDS))
+
+
+def _code_of(failure: Exception) -> ExitCode | None:
+    """With what training ends if a checkpoint fails so; None if it goes on."""
+    if isinstance(failure, UserError):
+        return ExitCode.USER_MISTAKE
+    # An OSError that the storage did not judge is a fault of the world, too: a file that somebody removed.
+    return None if isinstance(failure, (StorageFault, OSError)) else ExitCode.FAILED
 
 
 def _on_host(flat: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ def _rolled_back(run: Run, parent: Manifest | None) -> tuple[int | None, int]:
         return None, 0
     last = run.attempt(newest)
     # A checkpoint published since then knows its own position and what was passed over.
-    return (last.position if last.parent == _name(parent) else None), last.rollbacks
+    is_since = parent is not None and parent.attempt == newest
+    return (None if is_since else last.position), last.rollbacks
 
 
 def _announce(run: Run, claim: Attempt) -> None:

@@ -78,11 +78,12 @@ class TimestepSource:
         self._total.halve()  # losses of the past fade by half at each refresh
 
     def tensors(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Return what a checkpoint must hold, the same on every rank; all ranks call this alike."""
+        """Return copies of what a checkpoint must hold, equal on every rank; all ranks call this alike."""
         if not self.is_loss_aware:
             return {}
         self._merge(ranks)
-        return {**self._total.tensors(), **self._proposal.tensors()}
+        content = {**self._total.tensors(), **self._proposal.tensors()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in content.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` returned."""

@@ -1,6 +1,9 @@
 """`ddpm checkpoints`: what a run has published."""
 
 import json
+import os
+import socket
+import uuid
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +18,11 @@ MOST_TENSORS = 10
 """How many of the most changed tensors `diff` shows."""
 
 
+def _worker() -> str:
+    """What this process calls itself where it pins a checkpoint."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
 @app.command("list")
 def list_checkpoints(run_url: RunUrl, as_json: AsJson = False) -> None:
     """List the published checkpoints.
@@ -22,35 +30,40 @@ def list_checkpoints(run_url: RunUrl, as_json: AsJson = False) -> None:
     Those that a later attempt branched off before are superseded: readable, but no part of the run any more.
     Marked are those that an evaluation found best and those that somebody is reading (pinned).
     """
+    from trainer.manifest import DamagedCheckpointError, parse_checkpoint_name
     from trainer.retention import best_checkpoints
-    from trainer.run import Run
+    from trainer.run import CheckpointGoneError, Run
 
     run = Run(run_url)
     run.recipe()
     live, pins, best = set(run.live_checkpoints()), run.pins(), best_checkpoints(run)
     rows: list[dict[str, Any]] = []
     for name in run.checkpoints():
-        manifest = run.manifest(name)
-        rows.append(
-            {
-                "name": name,
-                "images": manifest.images,
-                "attempt": manifest.attempt,
-                "live": name in live,
-                "best": name in best,
-                "pinned": len(pins.get(name, [])),
-                "bytes": sum(entry.bytes for entry in manifest.files),
-                "sha256": run.manifest_sha256(name),
-            }
-        )
+        images, attempt = parse_checkpoint_name(name)
+        row: dict[str, Any] = {
+            "name": name,
+            "images": images,
+            "attempt": attempt,
+            "live": name in live,
+            "damaged": False,
+        }
+        row |= {"best": name in best, "pinned": len(pins.get(name, []))}
+        try:
+            row["bytes"] = sum(entry.bytes for entry in run.manifest(name).files)
+            row["sha256"] = run.manifest_sha256(name)
+        except CheckpointGoneError:
+            continue  # retention was faster
+        except DamagedCheckpointError:
+            row |= {"damaged": True, "bytes": 0, "sha256": None}
+        rows.append(row)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
         state = "live" if row["live"] else "superseded"
-        marks = ", ".join(mark for mark in ("best", "pinned") if row[mark])
+        marks = ", ".join(mark for mark in ("damaged", "best", "pinned") if row[mark])
         size = f"{row['bytes'] / 1e6:,.1f} MB"
-        print(f"{row['name']}  {state:10}  {size:>12}  {row['sha256']}  {marks}".rstrip())
+        print(f"{row['name']}  {state:10}  {size:>12}  {row['sha256'] or '-':64}  {marks}".rstrip())
 
 
 @app.command("show")
@@ -73,7 +86,7 @@ def verify(
     from data_pipeline.errors import UserError
     from trainer.checkpoint import verify as verify_checkpoint
     from trainer.manifest import DamagedCheckpointError
-    from trainer.run import Run
+    from trainer.run import CheckpointGoneError, Run
 
     if everything and name is not None:
         raise UserError(f"--all: verifies every checkpoint; leave out {name}")
@@ -82,14 +95,16 @@ def verify(
     failed = 0
     for each in run.checkpoints() if everything else [run.select(name)]:
         try:
-            manifest = run.manifest(each)
-            verify_checkpoint(run, manifest)
+            with run.pin(each, _worker()) as pin:
+                verify_checkpoint(run, pin.manifest, pin.beat)
+        except CheckpointGoneError:
+            continue  # retention was faster
         except DamagedCheckpointError as error:
             failed += 1
             print(f"{each}: damaged: {error}")
         else:
-            size = sum(entry.bytes for entry in manifest.files)
-            print(f"{each}: {len(manifest.files)} parts verified, {size / 1e6:,.1f} MB")
+            size = sum(entry.bytes for entry in pin.manifest.files)
+            print(f"{each}: {len(pin.manifest.files)} parts verified, {size / 1e6:,.1f} MB")
     if failed:
         raise typer.Exit(1)
 
@@ -113,7 +128,9 @@ def diff(
 
     run = Run(run_url)
     run.recipe()
-    found = compare(run, run.select(first), run.select(second))
+    one, other = run.select(first), run.select(second)
+    with run.pin(one, _worker()), run.pin(other, _worker()):
+        found = compare(run, one, other)
     if as_json:
         print(found.to_json().decode(), end="")
         return

@@ -96,6 +96,16 @@ def test_damaged_checkpoint_does_not_block_the_others(
     assert f"{FIRST} left out after 3 tries" in caplog.text
 
 
+def test_damaged_manifest_does_not_block_the_others(run: Run, options: WatchOptions, team: Team) -> None:
+    manifest = Path(run.url, "checkpoints", FIRST, "manifest.json")
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    seen: list[str] = []
+    summary = watch(run.url, options, team, lambda result: seen.append(result.checkpoint))
+    assert seen == [SECOND]
+    assert (summary.damaged, summary.outcome) == (1, "finished")
+    assert run.pins() == {}
+
+
 def test_storage_fault_is_survived(
     run: Run, options: WatchOptions, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:

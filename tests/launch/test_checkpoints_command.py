@@ -48,6 +48,16 @@ def test_list_marks_what_is_live_best_and_read(run: Run) -> None:
     assert rows[2]["images"] == 128
 
 
+def test_list_shows_what_is_damaged(run: Run) -> None:
+    manifest = Path(run.url) / "checkpoints" / SECOND / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+    lines = ddpm("list", run.url).splitlines()
+    assert [line.split()[0] for line in lines] == [FIRST, SECOND, THIRD]
+    assert lines[1].endswith("damaged")
+    assert [row["damaged"] for row in json.loads(ddpm("list", run.url, "--json"))] == [False, True, False]
+    assert "the manifest is damaged" in ddpm("verify", run.url, "--all", code=1)
+
+
 def test_show(run: Run) -> None:
     assert json.loads(ddpm("show", run.url))["attempt"] == 2
     assert json.loads(ddpm("show", run.url, FIRST))["images"] == 64
@@ -60,6 +70,7 @@ def test_verify_names_what_is_damaged(run: Run) -> None:
     data[-1] ^= 1
     part.write_bytes(data)
     lines = ddpm("verify", run.url, "--all", code=1).splitlines()
+    assert run.pins() == {}
     assert [line.split(":")[0] for line in lines] == [FIRST, SECOND, THIRD]
     assert "damaged" in lines[1]
     assert "weights.safetensors" in lines[1]

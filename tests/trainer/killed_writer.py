@@ -210,11 +210,8 @@ def main(url: str, mode: str, count: str = "0", seed: str = "0") -> None:
     trials = around_every_operation(url) if mode == "operations" else at_random(url, int(count), int(seed))
     during: dict[str, int] = {}
     for trial in trials:
-        name = (
-            trial.during.rpartition("/")[2]
-            if trial.is_between
-            else "before the first byte or after the manifest"
-        )
+        name = trial.during.rpartition("/")[2] if trial.is_between else "(before or after)"
+        name = "metrics" if name.endswith(".jsonl") else name
         during[name] = during.get(name, 0) + 1
     print(json.dumps({"trials": [asdict(trial) for trial in trials], "during": during}))
 

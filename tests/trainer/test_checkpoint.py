@@ -171,11 +171,34 @@ def test_whatever_is_damaged_is_named_and_the_previous_checkpoint_is_used(tmp_pa
     assert newest_loadable(run) == newest
 
 
+def test_an_average_that_is_new_begins_with_the_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(str(tmp_path), images_list=(64,))
+    manifest = run.manifest("0000000064-000001")
+    weights = read_weights(run, manifest, alone())
+    slices = [
+        Slice(name, 0, w.numel(), {"master": torch.empty(w.numel()), "ema.new": w.flatten().clone()})
+        for name, w in weights.items()
+    ]
+    load_state(run, manifest, slices, alone())
+    assert all(torch.equal(piece.tensors["ema.new"], piece.tensors["master"]) for piece in slices)
+    assert "average new is new: it begins with the weights" in caplog.text
+
+
 def test_no_start_from_random_weights_where_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     run = make_run(str(tmp_path), images_list=(64, 128))
     for name in run.checkpoints():
         (tmp_path / "checkpoints" / name / "weights.safetensors").unlink()
     with pytest.raises(DamagedCheckpointError, match="none of the 2 live checkpoints"):
+        newest_whole(run)
+
+
+def test_no_start_from_random_weights_where_the_parents_manifest_is_gone(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path), images_list=(64,))
+    run.claim_attempt("0000000064-000001", "test", run.recipe(), "0" * 64)
+    (tmp_path / "checkpoints" / "0000000064-000001" / "manifest.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match="none of the 0 live checkpoints"):
         newest_whole(run)
 
 

@@ -168,8 +168,10 @@ def test_past_its_deadline_a_save_is_given_up_and_its_metrics_go_with_the_next(
         metrics.log(images, {"loss": float(images)})
         state.train_to(images)
         writer.start(job(images))
+        assert writer._thread is not None
+        writer._thread.join(60)
+        assert not writer.has_failed, "training goes on"
         writer.wait()
-        assert not writer.has_failed
         assert (writer.given_up, run.checkpoints()) == (1, []) if images == 64 else True
         outage.left = 0
     assert outage.failures > 0
@@ -179,7 +181,22 @@ def test_past_its_deadline_a_save_is_given_up_and_its_metrics_go_with_the_next(
     writer.close()
 
 
-@pytest.mark.parametrize("error", [StorageFault("away"), UserError("disk full")])
+def test_a_store_that_is_too_slow_is_given_up_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, state = new_run(str(tmp_path / "run")), State(SIZE)
+    gate, writer = Gate(run, monkeypatch), open_writer(run, state, deadline_minutes=0.001)
+    state.train_to(64)
+    writer.start(job(64))
+    assert gate.reached.wait(60)
+    assert writer._thread is not None
+    writer._thread.join(0.2)
+    gate.open.set()  # it answers at last, past the deadline
+    writer.wait()
+    assert writer.given_up == 1
+    assert run.checkpoints() == []
+    writer.close()
+
+
+@pytest.mark.parametrize("error", [StorageFault("away"), UserError("disk full"), KeyError("a bug")])
 def test_what_one_rank_cannot_write_nobody_publishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -195,16 +212,15 @@ def test_what_one_rank_cannot_write_nobody_publishes(
         raised = ""
         try:
             writer.wait()
-        except (UserError, FollowedError) as problem:
+        except (UserError, FollowedError, KeyError) as problem:
             raised = type(problem).__name__
         writer.close()
         return raised, writer.given_up
 
     found = on_ranks(2, save)
-    expected = (
-        [("", 1), ("", 1)] if isinstance(error, StorageFault) else [("FollowedError", 0), ("UserError", 0)]
-    )
-    assert found == expected
+    is_forgiven = isinstance(error, StorageFault)
+    theirs = [("FollowedError", 0), (type(error).__name__, 0)]
+    assert found == ([("", 1), ("", 1)] if is_forgiven else theirs)
     assert Run(str(tmp_path / "run")).checkpoints() == []
 
 
@@ -267,6 +283,8 @@ def test_an_outage_of_the_object_store_during_a_save(proxy: FaultProxy, s3_prefi
     assert writer.given_up == 1
     proxy.plan = None
     assert run.checkpoints() == [draft(64).name], "never half-published"
+    writer.close()
+    writer = open_writer(run, state)
     writer.start(job(192))
     writer.wait()
     assert run.checkpoints() == [draft(64).name, draft(192).name]
@@ -303,7 +321,13 @@ def test_killed_before_and_after_every_storage_operation(
 
 @pytest.mark.parametrize(
     ("place", "count"),
-    [("disk", 20), *(pytest.param(place, 300, marks=pytest.mark.slow) for place in ("disk", "s3"))],
+    [
+        ("disk", 20),
+        *(
+            pytest.param(place, 300, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+            for place in ("disk", "s3")
+        ),
+    ],
 )
 def test_killed_at_random_moments(
     tmp_path: Path, request: pytest.FixtureRequest, place: str, count: int
