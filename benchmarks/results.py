@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = live_rows(run)
     print(attempts_table(run), end="\n\n")
     print(checkpoints_table(run, rows, distances))
+    options.out.mkdir(parents=True, exist_ok=True)
     draw(rows, book, options.out / "results-curves.png")
 
 
