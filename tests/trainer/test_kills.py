@@ -79,13 +79,13 @@ def assert_bit_equal(run: Run, whole: Run) -> None:
     assert len(ids(whole)) == LAST
 
 
-@pytest.mark.parametrize("trials", [2, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("trials", [1, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_at_a_random_step_and_resumed(tmp_path: Path, shards: str, trials: int) -> None:
     """Two ranks; one of them is killed, up to a tenth of a second after a step has begun."""
     rng = random.Random(trials)
-    kinds = [KINDS[n] for n in (2, 7)] if trials == 2 else KINDS
+    kinds = KINDS[-1:] if trials == 1 else KINDS
     # The third checkpoint waits until the first one is published: from then on there is one to resume from.
-    earliest = 6 if trials == 2 else 0
+    earliest = 6 if trials == 1 else 0
     train(tmp_path, shards, 2, [kind_of(f"zero{stage}-{p}", stage, p) for stage, p in kinds])
     before: list[Case] = []
     resumed = 0

@@ -307,7 +307,7 @@ def kill_writers(url: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
+@pytest.mark.parametrize("place", ["disk", pytest.param("s3", marks=pytest.mark.slow)])
 def test_killed_before_and_after_every_storage_operation(
     tmp_path: Path, request: pytest.FixtureRequest, place: str
 ) -> None:
