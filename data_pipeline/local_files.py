@@ -46,7 +46,7 @@ class LocalFiles:
 
     def fill(self, path: str, fill: Callable[[BinaryIO], object], scratch: Path) -> None:
         """Write a file piece by piece where it belongs; no scratch is needed."""
-        self._publish(path, fill, os.replace)
+        self.stream(path, fill)
 
     def stream(self, path: str, fill: Callable[[BinaryIO], object]) -> None:
         """Write a file piece by piece, replacing an old one atomically."""

@@ -85,7 +85,7 @@ def publish(run: Run, draft: Manifest, parts: Sequence[Part]) -> Manifest:
         SupersededError: A newer attempt exists, or published this name first.
     """
     name = draft.name
-    _check_newest(run, draft)  # before anything of it is missed: the newest attempt removes what it leaves
+    check_newest(run, draft.attempt)  # first: the newest attempt removes what others leave
     table = b"".join(part.crcs for part in parts)
     run.storage.write(f"checkpoints/{name}/{CHECKSUMS_FILE}", table)
     checksums = Checksums(
@@ -93,17 +93,22 @@ def publish(run: Run, draft: Manifest, parts: Sequence[Part]) -> Manifest:
     )
     manifest = draft.model_copy(update={"files": [part.entry for part in parts], "checksums": checksums})
     check_sizes(run, manifest)
-    _check_newest(run, draft)
+    check_newest(run, draft.attempt)
     if not run.storage.create(f"checkpoints/{name}/manifest.json", manifest.to_json()):
         raise SupersededError(f"{run.url}: checkpoint {name} was already published by somebody else")
     return manifest
 
 
-def _check_newest(run: Run, draft: Manifest) -> None:
+def check_newest(run: Run, attempt: int) -> None:
+    """Check that an attempt may publish.
+
+    Raises:
+        SupersededError: A newer one exists.
+    """
     newest = run.newest_attempt()
-    if newest != draft.attempt:
+    if newest != attempt:
         raise SupersededError(
-            f"{run.url}: attempt {newest} has taken the run over from attempt {draft.attempt}; "
+            f"{run.url}: attempt {newest} has taken the run over from attempt {attempt}; "
             "train a run from one place at a time"
         )
 
@@ -120,7 +125,7 @@ def check_sizes(run: Run, manifest: Manifest) -> None:
         DamagedCheckpointError: Naming the first that is not.
     """
     folder = folder_of(run, manifest)
-    for record in [*manifest.files, *filter(None, [manifest.checksums])]:
+    for record in manifest.records:
         where = f"{folder.url}/{record.path}"
         try:
             size = folder.size(record.path)
@@ -141,7 +146,7 @@ def verify(run: Run, manifest: Manifest, beat: Callable[[], None] = lambda: None
     Raises:
         DamagedCheckpointError: Naming the first that fails.
     """
-    for record in [*manifest.files, *filter(None, [manifest.checksums])]:
+    for record in manifest.records:
         beat()
         read_verified(folder_of(run, manifest), record)
 

@@ -117,8 +117,9 @@ class TensorBoardLogger:
         self._cut.update(files)
 
         def upload() -> None:
-            for file in files:
-                self._run.storage.upload(f"tensorboard/{self._attempt:06d}/{file.name}", file)
+            while files:
+                self._run.storage.upload(f"tensorboard/{self._attempt:06d}/{files[0].name}", files[0])
+                files.pop(0).unlink()
 
         return upload
 

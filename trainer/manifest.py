@@ -134,6 +134,11 @@ class Manifest(Document):
         """Name of the checkpoint's folder."""
         return checkpoint_name(self.images, self.attempt)
 
+    @property
+    def records(self) -> list[FileRecord]:
+        """All its files but the manifest itself."""
+        return [*self.files, *([self.checksums] if self.checksums else [])]
+
     def to_json(self) -> bytes:
         """Serialise as any document, sealed: `sha256` is that of the canonical JSON of all the rest."""
         content = json.loads(super().to_json())

@@ -191,7 +191,6 @@ class CheckpointWriter:
         """Every rank writes its state, rank 0 the rest; return all parts on rank 0."""
         run, name = self._run, job.draft.name
         slices, weights = self._partition.slices(self._averages), self._whole(self._partition.masters)
-
         put = partial(write_part, run, name, deadline=deadline)
         writes = [partial(checkpoints.write_state, run, name, self._ranks.rank, slices, deadline=deadline)]
         if self._ranks.is_main:

@@ -14,7 +14,7 @@ import safetensors.torch
 from torch import Tensor
 
 from data_pipeline.documents import Document, sha256_hex
-from trainer.checkpoint import SupersededError, ema_file
+from trainer.checkpoint import SupersededError, check_newest, ema_file
 from trainer.clock import is_due
 from trainer.manifest import FileRecord, Manifest, checkpoint_name, is_checkpoint_name, parse_checkpoint_name
 from trainer.parts import read_verified
@@ -106,12 +106,7 @@ def write_snapshot(
         recipe_sha=manifest.recipe_sha,
         files=files,
     )
-    newest = run.newest_attempt()
-    if newest != snapshot.attempt:
-        raise SupersededError(
-            f"{run.url}: attempt {newest} has taken the run over from attempt {snapshot.attempt}; "
-            "train a run from one place at a time"
-        )
+    check_newest(run, snapshot.attempt)
     if not run.storage.create(_manifest_path(snapshot.name), snapshot.to_json()):
         raise SupersededError(f"{run.url}: snapshot {snapshot.name} was already published by somebody else")
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
 
-import torch
-
 from benchmarks.checkpoint.bars import (
     STALL_HEADER,
     missing_bars,
@@ -33,6 +31,7 @@ from benchmarks.harness import Load
 from benchmarks.peers.deepspeed_checkpoint import DEEPSPEED
 from benchmarks.report import Bar, Environment, environment, finish, table
 from benchmarks.trainer.job import BATCH
+from benchmarks.training_options import add_training_options, read_training_options
 from data_pipeline.documents import Document
 
 KILLS: Final = 15
@@ -174,27 +173,11 @@ def read(arguments: Sequence[str] | None = None) -> Options:
         metavar="N",
         help=f"of each side (default {KILLS}); each takes the start of two processes",
     )
-    add(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads of torch (default: its own choice); ranks share them",
+    add_training_options(
+        parser,
+        about_folder="where everything is written and removed again, about 2 GB at a time (default TMPDIR)",
     )
-    add("--small", action="store_true", help="a small network, about which no bar is")
-    add(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir()),
-        metavar="DIR",
-        help="where everything is written and removed again, about 2 GB at a time (default TMPDIR)",
-    )
-    add("--json", type=Path, metavar="FILE", help="write all samples here")
-    found = parser.parse_args(arguments)
-    if min(found.repeats, found.kills, found.threads or 1) < 1:
-        parser.error("every N must be at least 1")
-    if not found.folder.is_dir():
-        parser.error(f"{found.folder}: no such folder")
-    return Options(**(vars(found) | {"threads": found.threads or torch.get_num_threads()}))
+    return Options(**read_training_options(parser, arguments, ("repeats", "kills")))
 
 
 def main(arguments: Sequence[str] | None = None) -> CheckpointResult:

@@ -8,14 +8,11 @@ in memory; the example reads the same pictures from a local folder. The server w
 
 import argparse
 import math
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
-
-import torch
 
 from benchmarks.data_stream.bars import small
 from benchmarks.harness import OURS, Load, Precision, take_turns, tree_seconds
@@ -27,6 +24,7 @@ from benchmarks.trainer.contenders import BARE, EXAMPLE
 from benchmarks.trainer.job import BATCH, Job
 from benchmarks.trainer.site import Site, site
 from benchmarks.trainer.turns import STEP_HEADER, WARM_UP_STEPS, StepTimes, Turns
+from benchmarks.training_options import add_training_options, read_training_options
 from data_pipeline.documents import Document
 
 PICTURES: Final = 2_000
@@ -181,29 +179,13 @@ def read(arguments: Sequence[str] | None = None) -> Options:
         help=f"steps of a sample of ours, one checkpoint in it (default {STEPS}); the others' have a quarter",
     )
     add("--repeats", type=int, default=5, metavar="N", help="samples of each (default 5)")
-    add(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads of torch (default: its own choice); ranks share them",
-    )
     add("--fp32", action="store_true", help="ours in fp32, too")
-    add("--small", action="store_true", help="a small network, about which no bar is")
-    add(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir()),
-        metavar="DIR",
-        help="where everything is written and removed again, about 1 GB for each sample of ours (default "
-        "TMPDIR); one in memory, a tmpfs such as /dev/shm, keeps the disk out of the measurement",
+    add_training_options(
+        parser,
+        about_folder="where everything is written and removed again, about 1 GB for each sample of ours "
+        "(default TMPDIR); one in memory, a tmpfs such as /dev/shm, keeps the disk out of the measurement",
     )
-    add("--json", type=Path, metavar="FILE", help="write all samples here")
-    found = parser.parse_args(arguments)
-    if min(found.steps, found.repeats, found.threads or 1) < 1:
-        parser.error("every N must be at least 1")
-    if not found.folder.is_dir():
-        parser.error(f"{found.folder}: no such folder")
-    return Options(**(vars(found) | {"threads": found.threads or torch.get_num_threads()}))
+    return Options(**read_training_options(parser, arguments, ("steps", "repeats")))
 
 
 def main(arguments: Sequence[str] | None = None) -> TrainerResult:

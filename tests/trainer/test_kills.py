@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.build import build
-from data_pipeline.sources.digits import DigitsSource
 from tests.support import metric_rows
 from tests.trainer.layout_support import BATCH, STAGES, Case, case, start, train
 from trainer.parts import read_part
@@ -19,13 +17,6 @@ LAST = 12
 """Steps of a training, with a checkpoint after every second one."""
 KINDS = [(stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
 WHOLE = (f"train.images={LAST * BATCH}", f"checkpoint.every_images={2 * BATCH}", "model.dropout=0.1")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = str(tmp_path_factory.mktemp("shards"))
-    build(DigitsSource(), url)
-    return url
 
 
 def kind_of(name: str, stage: int, precision: str) -> Case:

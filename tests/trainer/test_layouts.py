@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.build import build
-from data_pipeline.sources.digits import DigitsSource
 from tests.support import metric_rows
 from tests.trainer.layout_support import (
     BATCH,
@@ -22,14 +20,6 @@ from tests.trainer.layout_support import (
     weights,
 )
 from trainer.run import Run
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = str(tmp_path_factory.mktemp("shards"))
-    build(DigitsSource(), url)
-    return url
-
 
 POISONED = {
     "nan": {"positions": [6 * BATCH + 2, 6 * BATCH + 3], "factor": float("nan")},

@@ -12,9 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.build import build
 from data_pipeline.errors import UserError
-from data_pipeline.sources.digits import DigitsSource
 from tests.support import TINY, make_run, metric_rows, start_training
 from trainer.parts import read_part
 from trainer.recipe import load_recipe
@@ -38,13 +36,6 @@ SETTINGS = (
     f"logging.every_images={BATCH}",
     "logging.tensorboard=false",
 )
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = str(tmp_path_factory.mktemp("shards"))
-    build(DigitsSource(), url)
-    return url
 
 
 @pytest.fixture(scope="module")
