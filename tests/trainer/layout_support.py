@@ -32,6 +32,9 @@ SETTINGS = (
     "data.reader_threads=0",
 )
 STAGES = (0, 1, 2, 3)
+LAST = 12
+"""Steps of a training, with a checkpoint after every second one."""
+WHOLE = (f"train.images={LAST * BATCH}", f"checkpoint.every_images={2 * BATCH}", "model.dropout=0.1")
 Case = dict[str, Any]
 
 
@@ -119,3 +122,28 @@ def assert_same_trajectory(
     rows = [[row["loss"] for row in metric_rows(run)][:steps] for run in (one, other)]
     assert len(rows[0]) == len(rows[1]) == steps
     assert max(abs(a / b - 1) for a, b in zip(*rows, strict=True)) <= loss
+
+
+def ids(run: Run) -> dict[int, list[int]]:
+    """The samples of each update of the run's lineage, by the images before it, over all ranks."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for file in sorted(Path(run.url).parent.glob(f"{Path(run.url).name}.ids-*")):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(row["images"], {}).setdefault(row["attempt"], []).extend(row["ids"])
+    limits = run.lineage()
+    live = {images: max(a for a in by if _is_live(images, limits.get(a, -1))) for images, by in found.items()}
+    return {images: sorted(found[images][attempt]) for images, attempt in live.items()}
+
+
+def _is_live(images: int, limit: int | None) -> bool:
+    return limit is None or images < limit
+
+
+def losses(run: Run) -> dict[int, float]:
+    """The loss of each update of the run's lineage, by the images after it."""
+    found = {}
+    for attempt, limit in sorted(run.lineage().items()):
+        rows = {row["images"]: row["loss"] for row in metric_rows(run, [attempt])}
+        found |= {images: loss for images, loss in rows.items() if limit is None or images <= limit}
+    return found
