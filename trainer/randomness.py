@@ -7,8 +7,9 @@ draw, place in the sample) alone: neither on the rank, nor on the batch it is co
 the generator was asked before.
 
 The normals are bit-equal on every device too: Box-Muller is evaluated with additions, multiplications, one
-division and one square root only, which IEEE 754 rounds in one way, and not with a device's own ``log`` and
-``cos``. (Compiling these functions could fuse multiply-adds and so change last bits: call them eagerly.)
+division and one square root only, which IEEE 754 rounds in one way (the root takes some care), and not with a
+device's own ``log`` and ``cos``. (Compiling these functions could fuse multiply-adds and so change last bits:
+call them eagerly.)
 
 The numbers are a format: known answers in the tests freeze them, since checkpoints resume on them.
 """
@@ -39,6 +40,8 @@ class Purpose(IntEnum):
     SAMPLE_NOISE = 4
     DROPOUT = 5
     CODEC = 6
+    LIKELIHOOD = 7
+    RESAMPLING = 8
 
 
 def philox4x32_10(
@@ -215,7 +218,10 @@ def _radius(word: Tensor) -> Tensor:
     s2 = s * s
     log_m = _polynomial(s2, (1, 1 / 3, 1 / 5, 1 / 7, 1 / 9)).mul_(s).mul_(2)
     log_u = e.sub_(32).to(torch.float32).mul_(math.log(2)).add_(log_m)
-    return log_u.mul_(-2).sqrt_()
+    # A vector library's float32 root may be off by its last bit, on each processor in its own way (MKL's is).
+    # So may its float64 root, but rounded to float32 that is the correct one: no float32 number's root lies
+    # nearer than 2^-50 of itself to the middle of two float32 numbers.
+    return log_u.mul_(-2).to(torch.float64).sqrt_().to(torch.float32)
 
 
 def _direction(word: Tensor) -> tuple[Tensor, Tensor, Tensor]:
