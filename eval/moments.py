@@ -8,7 +8,9 @@ O(d^2), whatever the number of pictures.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.linalg.blas import dsyrk  # type: ignore[import-untyped]
 from torch import Tensor
 
 
@@ -42,27 +44,30 @@ class MomentSums:
 
     def __init__(self, dim: int) -> None:
         self._count = 0
-        self._mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._mean = np.zeros(dim)
+        # The lower triangle only, in the order of columns that BLAS wants to add to it in place.
+        self._scatter = np.zeros((dim, dim), order="F")
 
     def add(self, features: Tensor) -> None:
         """Add a chunk [n, d], n >= 1, of any float type."""
-        x = features.to(torch.float64)
+        x = features.to(torch.float64).numpy()
         assert x.ndim == 2, x.shape
         assert len(x) > 0, "a chunk holds at least one vector"
-        mean = x.mean(dim=0)
+        mean = x.mean(axis=0)
         count = self._count + len(x)
         step = mean - self._mean
         # The scatter between both means, n_a n_b / n step step^T, rides along as one more row.
         between = step * math.sqrt(self._count * len(x) / count)
-        rows = torch.cat((x - mean, between[None]))
-        self._scatter.addmm_(rows.T, rows)
+        rows = np.concatenate((x - mean, between[None]))
+        self._scatter = dsyrk(1.0, rows.T, beta=1.0, c=self._scatter, lower=1, overwrite_c=1)
         self._mean += step * (len(x) / count)
         self._count = count
 
     def result(self) -> Moments:
         """Moments of all vectors added so far."""
-        return Moments(self._count, self._mean.clone(), self._scatter.clone())
+        lower = torch.from_numpy(self._scatter)
+        scatter = lower.tril() + lower.tril(-1).T
+        return Moments(self._count, torch.from_numpy(self._mean.copy()), scatter.contiguous())
 
 
 def moments_of(features: Tensor) -> Moments:

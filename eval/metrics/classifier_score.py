@@ -36,7 +36,8 @@ class ClassifierScore:
     Args:
         samples: N, the number of pictures that will be added.
         classes: k.
-        splits: Number of parts; picture i belongs to part floor(i * splits / N).
+        splits: Number of parts; part j holds pictures floor(j N / splits) up to, not including,
+            floor((j + 1) N / splits), as in OpenAI's code and torch-fidelity's.
     """
 
     def __init__(self, samples: int, classes: int, splits: int) -> None:
@@ -51,7 +52,8 @@ class ClassifierScore:
         p = probabilities.to(torch.float64)
         index = torch.arange(self._added, self._added + len(p))
         assert self._added + len(p) <= self._samples, "more pictures than announced"
-        part = index * self._splits // self._samples
+        # The largest j with floor(j N / splits) <= i.
+        part = ((index + 1) * self._splits - 1) // self._samples
         self._p.index_add_(0, part, p)
         self._p_log_p.index_add_(0, part, torch.special.xlogy(p, p).sum(dim=1))
         self._count.index_add_(0, part, torch.ones(len(p), dtype=torch.float64))
