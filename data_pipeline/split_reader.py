@@ -37,13 +37,42 @@ def read_split(
     check_shape(loaded, channels, image_size)
     reader = ShardReader(loaded, split)
     for shards, members in index_order(loaded, split, batch, limit):
-        images = np.empty((len(shards), image_size, image_size, channels), dtype=np.uint8)
-        for place, data in enumerate(reader.fetch(shards, members)):
-            try:
-                decode_into(np.frombuffer(data, np.uint8), images[place])
-            except DecodeError as error:
-                raise unfit(reader, int(shards[place]), int(members[place]), error) from error
-        yield images
+        yield _decoded(reader, shards, members, (image_size, image_size, channels))
+
+
+def read_rows(url: str, split: str, rows: Int64Array, *, channels: int, image_size: int) -> UInt8Array:
+    """Read single pictures of a split by their numbers in the order of the index.
+
+    Args:
+        url: The data set.
+        split: "train" or "val".
+        rows: [n] numbers, each below the number of the split's pictures.
+        channels: Wanted channels; must be those of the data set.
+        image_size: Wanted side; must be that of the data set.
+
+    Returns:
+        uint8 [n, H, W, C], in the order asked for.
+
+    Raises:
+        UserError: As `read_split`.
+        StorageFault: A shard is missing or damaged.
+    """
+    loaded = load_index(url)
+    check_shape(loaded, channels, image_size)
+    shards, members = _located(loaded, split, rows)
+    return _decoded(ShardReader(loaded, split), shards, members, (image_size, image_size, channels))
+
+
+def _decoded(
+    reader: ShardReader, shards: Int64Array, members: Int64Array, shape: tuple[int, int, int]
+) -> UInt8Array:
+    images = np.empty((len(shards), *shape), dtype=np.uint8)
+    for place, data in enumerate(reader.fetch(shards, members)):
+        try:
+            decode_into(np.frombuffer(data, np.uint8), images[place])
+        except DecodeError as error:
+            raise unfit(reader, int(shards[place]), int(members[place]), error) from error
+    return images
 
 
 def index_order(
@@ -51,12 +80,17 @@ def index_order(
 ) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Iterate (shards int64 [b], members int64 [b]) over a split in the order of the index."""
     assert batch >= 1
-    starts = np.cumsum([0, *(entry.samples for entry in loaded.shards(split))], dtype=np.int64)
-    total = int(starts[-1]) if limit is None else min(limit, int(starts[-1]))
+    available = sum(entry.samples for entry in loaded.shards(split))
+    total = available if limit is None else min(limit, available)
     for first in range(0, total, batch):
-        numbers = np.arange(first, min(first + batch, total), dtype=np.int64)
-        shards = np.searchsorted(starts, numbers, side="right") - 1
-        yield shards, numbers - starts[shards]
+        yield _located(loaded, split, np.arange(first, min(first + batch, total), dtype=np.int64))
+
+
+def _located(loaded: LoadedIndex, split: str, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Find shard and member of pictures by their numbers in the order of the index."""
+    starts = np.cumsum([0, *(entry.samples for entry in loaded.shards(split))], dtype=np.int64)
+    shards = np.searchsorted(starts, rows, side="right") - 1
+    return shards, rows - starts[shards]
 
 
 def check_shape(loaded: LoadedIndex, channels: int | None, image_size: int | None) -> None:

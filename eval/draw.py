@@ -14,7 +14,7 @@ from data_pipeline.progress import Progress
 from eval.report.grid import sample_grid, to_pil
 from eval.sampling import SamplerSettings, sample_images
 from trainer.recipe import Recipe
-from trainer.recipe_sections import EvaluationSpec, SamplerName
+from trainer.recipe_evaluation import EvaluationSpec, SamplerName
 from trainer.run import Run
 from trainer.weights import load_for_inference
 

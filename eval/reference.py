@@ -1,28 +1,25 @@
-"""Statistics of real pictures: the reference set, computed once per protocol and kept beside its results."""
+"""Statistics of real pictures, by the same code path as those of generated ones."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 import numpy as np
-import safetensors
-import safetensors.torch
 from numpy.typing import NDArray
 
 from data_pipeline.errors import UserError
-from data_pipeline.index import load_index
+from data_pipeline.index import LoadedIndex, load_index
 from data_pipeline.progress import Progress
 from data_pipeline.split_reader import read_split
-from eval.features import FeatureNetwork
-from eval.moments import Moments
-from eval.results import ResultBook
+from eval.features import FEATURE_BATCH, FeatureNetwork
+from eval.protocol import ImageShape, PictureSet
+from eval.reference_cache import ReferenceCache, ReferenceKey
 from eval.statistics import Job, Pictures, Statistics, accumulate
 from eval.team import Team
 
-REFERENCE_FILE: Final = "reference.safetensors"
-_SCHEMA: Final = "reference/1"
+REAL_CHUNK: Final = 128
+"""Real pictures per chunk, whatever the protocol's own chunks: so equal sets have equal statistics."""
 
 
 class RealPictures:
@@ -56,86 +53,77 @@ class RealJob:
     Attributes:
         url: The data set.
         split: Name of the split.
+        shape: (H, W, C) that the pictures must have; None for whatever they have.
         limit: At most so many pictures, the first of the index; None for all.
         splits: Parts of the classifier score.
+        spatial: Whether to take moments of spatial features, too.
+        store: Whether to keep the features of all pictures.
     """
 
     url: str
     split: str
+    shape: tuple[int, int, int] | None = None
     limit: int | None = None
     splits: int = 1
+    spatial: bool = False
+    store: bool = False
 
 
 def real_statistics(
-    team: Team, network: FeatureNetwork, wanted: RealJob, *, chunk: int, shape: tuple[int, int, int]
+    team: Team, network: FeatureNetwork, wanted: RealJob, cache: ReferenceCache | None = None
 ) -> Statistics:
-    """Take statistics of real pictures, by the same code path as those of generated ones.
+    """Take statistics of real pictures, or get them from the cache.
 
     Args:
-        team: The processes.
+        team: The processes; all call this alike.
         network: Feature network.
         wanted: Which pictures.
-        chunk: Pictures per chunk.
-        shape: (H, W, C) of a picture.
+        cache: Where statistics that were taken before lie, and where these are left.
 
     Raises:
         UserError: The split is missing, has fewer than two pictures, or pictures of another shape.
+        StorageFault: A shard or the cache cannot be read.
     """
-    loaded = load_index(wanted.url)
-    total = sum(entry.samples for entry in loaded.shards(wanted.split))
-    total = total if wanted.limit is None else min(total, wanted.limit)
+    loaded = team.together(lambda: load_index(wanted.url))
+    job = _job(wanted, loaded)
+    key = ReferenceKey(
+        features=network.identity,
+        pictures=PictureSet(index_sha256=loaded.sha256, split=wanted.split),
+        image=ImageShape(size=job.shape[0], channels=job.shape[2]),
+        count=job.total,
+        splits=job.splits,
+        chunk=job.chunk,
+        feature_batch=FEATURE_BATCH,
+        spatial=job.spatial,
+        store=job.store,
+    )
+    if cache is not None and team.on_main(lambda: cache.holds(key)):
+        return team.together(lambda: cache.load(key, features=team.is_main))
+    source = RealPictures(wanted.url, wanted.split, job)
+    if team.is_main:
+        with Progress(f"features of {wanted.split}", job.total, "img") as progress:
+            found = accumulate(team, network, source, job, progress.update)
+    else:
+        found = accumulate(team, network, source, job)
+    if cache is not None:
+        team.on_main(lambda: cache.store(key, found))
+    return found
+
+
+def _job(wanted: RealJob, loaded: LoadedIndex) -> Job:
+    available = sum(entry.samples for entry in loaded.shards(wanted.split))
+    total = available if wanted.limit is None else min(available, wanted.limit)
     if total < 2:
         raise UserError(
             f"{wanted.url}: split {wanted.split!r} has {total} picture(s), statistics need two or more; "
             "build the data set with a larger --val-fraction or name another split in the recipe"
         )
-    job = Job(total, chunk, shape, splits=min(wanted.splits, total))
-    source = RealPictures(wanted.url, wanted.split, job)
-    if not team.is_main:
-        return accumulate(team, network, source, job)
-    with Progress(f"features of {wanted.split}", total, "img") as progress:
-        return accumulate(team, network, source, job, progress.update)
-
-
-def reference_moments(book: ResultBook, compute: Callable[[], Moments], team: Team) -> Moments:
-    """Return the reference's moments, stored beside the protocol; computed by all if not there yet.
-
-    Args:
-        book: Results of the protocol.
-        compute: Takes the moments, in every process.
-        team: The processes.
-    """
-    if team.on_main(lambda: book.storage.exists(REFERENCE_FILE)):
-        return team.together(lambda: _load(book))
-    moments = compute()
-    team.on_main(lambda: book.storage.create(REFERENCE_FILE, _dump(book, moments)))
-    return moments
-
-
-def _dump(book: ResultBook, moments: Moments) -> bytes:
-    facts = {
-        "schema": _SCHEMA,
-        "features": book.protocol.features.sha256,
-        "index": book.protocol.reference.index_sha256,
-        "split": book.protocol.reference.split,
-        "count": str(moments.count),
-    }
-    return safetensors.torch.save({"mean": moments.mean, "scatter": moments.scatter}, metadata=facts)
-
-
-def _load(book: ResultBook) -> Moments:
-    where = f"{book.url}/{REFERENCE_FILE}"
-    data = book.storage.read(REFERENCE_FILE)
-    try:
-        tensors = safetensors.torch.load(data)
-        # The header: its length as 8 bytes, then JSON.
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        facts = header["__metadata__"]
-        moments = Moments(int(facts["count"]), tensors["mean"], tensors["scatter"])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: damaged ({error}); delete it, it will be computed again") from error
-    if facts.get("schema") != _SCHEMA:
-        raise UserError(
-            f"{where}: schema is {facts.get('schema')!r}, this version reads {_SCHEMA!r}; delete it"
-        )
-    return moments
+    geometry = loaded.index.geometry
+    return Job(
+        total=total,
+        chunk=REAL_CHUNK,
+        shape=wanted.shape or (geometry.size, geometry.size, geometry.channels),
+        splits=min(wanted.splits, total),
+        spatial=wanted.spatial,
+        store=wanted.store,
+    )

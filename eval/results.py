@@ -6,6 +6,7 @@ checkpoint `<checkpoint>.json` (its result) and `<checkpoint>-samples.png` (its 
 `best.json` (the lowest distance so far; a report, overwritten).
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import ClassVar, Final
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.documents import Document
 from data_pipeline.storage import Storage
+from eval.metrics.rate_distortion import Number
 from eval.protocol import PictureSet, Protocol
 from trainer.manifest import is_checkpoint_name
 from trainer.run import Run
@@ -22,16 +24,22 @@ class Metric(BaseModel):
     """One number.
 
     Attributes:
-        value: The number.
+        value: The number; NaN, in JSON null, if the checkpoint's output is not finite.
         sd: Standard deviation over the parts it is the mean of, if it is one.
         splits: Number of these parts.
+        standard_error: Of the value.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    value: float
+    value: Number
     sd: float | None = None
     splits: int | None = None
+    standard_error: Number | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 class HeldOut(Document):
@@ -184,13 +192,18 @@ class ResultBook:
         """All results, by images."""
         return [self.result(name) for name in self.checkpoints()]
 
-    def publish(self, result: Result, grid_png: bytes) -> Result:
-        """Publish a result, its picture first; what another worker published earlier stands.
+    def publish(self, result: Result, files: Mapping[str, bytes]) -> Result:
+        """Publish a result, its files first; what another worker published earlier stands.
+
+        Args:
+            result: The numbers.
+            files: Content by name, the sample grid among them.
 
         Returns:
             The published result.
         """
-        self.storage.create(result.grid, grid_png)
+        for name, content in files.items():
+            self.storage.create(name, content)
         if self.storage.create(f"{result.checkpoint}.json", result.to_json()):
             return result
         return self.result(result.checkpoint)

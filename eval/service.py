@@ -14,15 +14,21 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
 from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.index import load_index
 from data_pipeline.lease import LeaseBoard
-from eval.evaluate import Baseline, evaluate, make_protocol, prepare
+from eval.baseline import Baseline, prepare
+from eval.evaluate import evaluate
 from eval.features import FeatureChoice, FeatureNetwork, open_network
+from eval.pictures_folder import PicturesFolder
+from eval.plan import make_plan
+from eval.reference_cache import ReferenceCache
 from eval.results import Result, ResultBook
+from eval.statistics import Pictures
 from eval.team import Stopped, Team
 from trainer.manifest import DamagedCheckpointError
 from trainer.recipe import Recipe
@@ -41,20 +47,23 @@ class WatchOptions:
     """How to watch.
 
     Attributes:
-        specs: Specifications of the recipe's `evaluation` section to compute; all if empty.
+        specs: Specifications of the recipe's `evaluation` section to compute; all automatic ones if empty.
         features: Feature network to use in place of the specifications'.
         poll_seconds: Seconds between looks at the run when there is nothing to do.
         until_finished: End when training has finished and every live checkpoint has its results.
         wait_for_run: Wait for a run that has not been started yet, instead of refusing it.
         lease_seconds: Time to live of a claim.
+        save_images: Folder for the samples as PNG files, `<spec>-<hash>/<checkpoint>/NNNNNN.png`; None: none
+            are kept.
     """
 
     specs: tuple[str, ...] = ()
-    features: FeatureChoice | None = None
+    features: str | None = None
     poll_seconds: float = 5.0
     until_finished: bool = False
     wait_for_run: bool = False
     lease_seconds: float = LEASE_SECONDS
+    save_images: Path | None = None
 
 
 @dataclass
@@ -208,18 +217,24 @@ class Service:
         if recipe is None:
             return None
         index_sha256 = self._team.on_main(lambda: load_index(recipe.data.url).sha256)
-        names = self._options.specs or tuple(recipe.evaluation)
+        automatic = (name for name, spec in recipe.evaluation.items() if spec.automatic)
+        names = self._options.specs or tuple(automatic)
         if not names:
-            raise UserError(f"{self.run.url}/recipe.yaml: no section `evaluation`; nothing to compute")
+            raise UserError(
+                f"{self.run.url}/recipe.yaml: no automatic specification in the section `evaluation`, so "
+                "nothing to compute; add one, or name one with --spec"
+            )
         networks: dict[FeatureChoice, FeatureNetwork] = {}
-        tasks = []
+        cache, tasks = ReferenceCache(), []
         for name in names:
-            protocol, choice = make_protocol(recipe, name, index_sha256, self._options.features)
-            if choice not in networks:
-                networks[choice] = self._team.together(partial(open_network, choice, self._team.device))
-            book = ResultBook(self.run, protocol)
-            baseline = prepare(book, recipe.data.url, networks[choice], self._team)
-            tasks.append(Task(book, networks[choice], baseline))
+            plan = make_plan(recipe, name, index_sha256, self._options.features)
+            if plan.features not in networks:
+                networks[plan.features] = self._team.together(
+                    partial(open_network, plan.features, self._team.device)
+                )
+            book, network = ResultBook(self.run, plan.protocol), networks[plan.features]
+            baseline = prepare(book, recipe.data.url, network, self._team, cache, plan.reference_file)
+            tasks.append(Task(book, network, baseline))
         return tasks
 
     def _find_run(self) -> Recipe | None:
@@ -289,10 +304,16 @@ class Service:
         """Evaluate a claimed checkpoint, publish, and give the claim back."""
         book = task.book
         try:
-            result, grid = evaluate(
-                self.run, checkpoint, book.protocol, task.network, task.baseline, self._team
+            outcome = evaluate(
+                self.run,
+                checkpoint,
+                book.protocol,
+                task.network,
+                task.baseline,
+                self._team,
+                self._keeper(book, checkpoint),
             )
-            published = self._team.on_main(lambda: book.publish(result, grid))
+            published = self._team.on_main(lambda: book.publish(outcome.result, outcome.files))
             self.summary.evaluated += 1
             self._team.on_main(book.update_best)
             return published
@@ -305,6 +326,12 @@ class Service:
                 self._claim.close()
             except StorageFault as fault:
                 log.warning("claim of %s not given back, it runs out by itself: %s", checkpoint, fault)
+
+    def _keeper(self, book: ResultBook, checkpoint: str) -> Callable[[int, Pictures], None]:
+        if self._options.save_images is None:
+            return lambda first, pictures: None
+        folder = self._options.save_images / book.directory / checkpoint
+        return PicturesFolder(folder, book.protocol.samples)
 
     def _note_fault(self, book: ResultBook, checkpoint: str, fault: StorageFault) -> None:
         """Count a failed try; what is damaged is left out after some."""

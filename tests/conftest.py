@@ -15,6 +15,14 @@ from launch.s3server import S3Server
 _numbers = itertools.count()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Statistics of real pictures go into a cache of these tests; programs they start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_REFERENCES", str(tmp_path_factory.mktemp("references")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A running SeaweedFS; from now on the process's environment (AWS_*) points at it."""

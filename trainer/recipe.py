@@ -20,6 +20,7 @@ from data_pipeline.errors import UserError
 from trainer.diffusion.losses import check_loss
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.schedule import from_config
+from trainer.recipe_evaluation import EvaluationSpec
 from trainer.recipe_sections import (
     BatchSection,
     CheckpointSection,
@@ -27,7 +28,6 @@ from trainer.recipe_sections import (
     DeepSpeedSection,
     DiffusionSection,
     EmaProfile,
-    EvaluationSpec,
     GuardSection,
     ImageSection,
     LoggingSection,

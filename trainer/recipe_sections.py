@@ -343,36 +343,6 @@ class LoggingSection(Section):
         return self
 
 
-class SamplerName(StrEnum):
-    """How pictures are drawn from a network."""
-
-    DDIM = "ddim"
-    ANCESTRAL = "ancestral"
-    DPM_SOLVER = "dpm-solver++"
-    UNIPC = "unipc"
-
-    def most_steps(self, num_timesteps: int) -> int:
-        """Return how often the network can be asked: once per timestep, by the solvers once less."""
-        return num_timesteps - (self in (SamplerName.DPM_SOLVER, SamplerName.UNIPC))
-
-
-class EvaluationSpec(Section):
-    """One named protocol of the evaluation service (design, law 7)."""
-
-    samples: int = Field(ge=2)
-    sampler: SamplerName = SamplerName.DDIM
-    steps: int = Field(ge=1)
-    eta: float = Field(0.0, ge=0.0, le=1.0)
-    ema: str
-    """Name of an EMA profile, or "raw"."""
-    features: Literal["effnetlite0", "inception"] = "effnetlite0"
-    chunk: int = Field(64, ge=1)
-    """Images generated together; part of the protocol because it fixes every rounding."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    reference_split: str = "train"
-    held_out_split: str = "val"
-
-
 class GuardSection(Section):
     """What is done about updates that would do harm; part of the trajectory."""
 

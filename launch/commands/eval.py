@@ -2,42 +2,40 @@
 
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_pipeline.errors import ExitCode, UserError
+from launch.commands.eval_compare import compare
+from launch.commands.eval_reference import reference
+from launch.commands.eval_selftest import selftest
+from launch.commands.eval_team import AsJson, FeaturesOption, Threads, joined_team
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from data_pipeline.documents import Document
     from eval.results import Metric, Result, ResultBook
-    from eval.service import WatchOptions
-    from eval.team import Team
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate the checkpoints of a run and show the results.")
+app.command()(reference)
+app.command()(compare)
+app.command()(selftest)
 
 RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="The run directory: a folder or URL.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Specs = Annotated[
     list[str] | None,
     typer.Option(
-        "--spec", help="Specification of the recipe's section `evaluation`; repeatable. Default: all."
+        "--spec",
+        help="Specification of the recipe's section `evaluation`; repeatable. Default: all automatic ones.",
     ),
 ]
-FeaturesOption = Annotated[
-    str | None,
-    typer.Option(help="Use this network instead: effnetlite0, or inception=PATH_OR_URL[#sha256=HEX]."),
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads of this process. Default: as torch and OpenMP choose.")
+SaveImages = Annotated[
+    Path | None,
+    typer.Option(help="Keep the samples as PNG files in this folder; otherwise none is ever written."),
 ]
 
 
@@ -53,6 +51,7 @@ def watch(
     poll: Annotated[
         float, typer.Option(min=0.1, help="Seconds between looks when there is nothing to do.")
     ] = 5.0,
+    save_images: SaveImages = None,
     threads: Threads = None,
     nice: Annotated[
         int, typer.Option(min=0, max=19, help="Give way to other work, training first: 0 not at all.")
@@ -71,9 +70,15 @@ def watch(
 
     logging.getLogger("eval").setLevel(logging.INFO)
     os.nice(nice)
-    with _team(threads) as team:
-        options = _options(spec, features)
-        options = WatchOptions(options.specs, options.features, poll, until_finished, wait_for_run)
+    with joined_team(threads) as team:
+        options = WatchOptions(
+            specs=tuple(spec or ()),
+            features=features,
+            poll_seconds=poll,
+            until_finished=until_finished,
+            wait_for_run=wait_for_run,
+            save_images=save_images,
+        )
         summary = watch_run(run_url, options, team, lambda result: _print_result(result, as_json))
     if team.is_main:
         facts = [f"{summary.evaluated} evaluated"]
@@ -93,17 +98,19 @@ def once(
     checkpoint: Annotated[str | None, typer.Argument(help="Default: the newest live one.")] = None,
     spec: Specs = None,
     features: FeaturesOption = None,
+    save_images: SaveImages = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate one checkpoint; a result that is already there is shown, not computed again."""
-    from eval.service import Service
+    from eval.service import Service, WatchOptions
     from eval.team import Stopped
     from trainer.run import CheckpointGoneError
 
-    with _team(threads) as team:
+    with joined_team(threads) as team:
         try:
-            service = Service(run_url, _options(spec, features), team)
+            options = WatchOptions(specs=tuple(spec or ()), features=features, save_images=save_images)
+            service = Service(run_url, options, team)
             service.once(checkpoint, lambda result: _print_result(result, as_json))
         except CheckpointGoneError as error:
             raise UserError(f"{error}; name another checkpoint") from error
@@ -124,6 +131,9 @@ def status(run_url: RunUrl, as_json: AsJson = False) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for book in books:
         console.print(_table(book))
+        every = _all_metrics(book)
+        if every:
+            console.print(every)
         pending = book.pending()
         if pending:
             console.print(f"waiting: {', '.join(pending)}")
@@ -149,41 +159,6 @@ def best(run_url: RunUrl, as_json: AsJson = False) -> None:
         print(f"{run_url}: no results yet; start `ddpm eval watch {run_url}`")
 
 
-@contextmanager
-def _team(threads: int | None) -> "Iterator[Team]":
-    """Join the processes of this evaluation; SIGTERM, SIGINT and SIGUSR1 ask it to stop.
-
-    A second Ctrl-C ends the process at once; its claim then runs out by itself.
-    """
-    import torch
-
-    from eval.team import Team
-
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, on_signal) for number in signals}
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with Team(stop) as team:
-            yield team
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _options(spec: list[str] | None, features: str | None) -> "WatchOptions":
-    from eval.features import parse_choice
-    from eval.service import WatchOptions
-
-    return WatchOptions(tuple(spec or ()), parse_choice(features) if features else None)
-
-
 def _books(run_url: str) -> "list[ResultBook]":
     from eval.results import books
     from trainer.run import Run
@@ -201,14 +176,19 @@ def _print_result(result: "Result", as_json: bool) -> None:
     if as_json:
         print(json.dumps(_content(result)), flush=True)
         return
-    metrics = "  ".join(f"{name} {_shown(metric)}" for name, metric in result.metrics.items())
-    real = " / ".join(_shown(metric) for metric in result.held_out.values())
-    print(f"{result.checkpoint}  {metrics}  (held-out {real})  {result.seconds:.1f} s", flush=True)
+    cells = []
+    for name, metric in result.metrics.items():
+        real = result.held_out.get(name)
+        cells.append(f"{name} {_shown(metric)}" + (f" (held-out {_shown(real)})" if real else ""))
+    print(f"{result.checkpoint}  {'  '.join(cells)}  {result.seconds:.1f} s", flush=True)
 
 
 def _shown(metric: "Metric") -> str:
-    spread = f" ± {metric.sd:.2g}" if metric.sd and (metric.splits or 0) > 1 else ""
-    return f"{metric.value:.4g}{spread}"
+    """The number with what is known of its spread: an interval, else a standard error or deviation."""
+    if metric.low is not None and metric.high is not None:
+        return f"{metric.value:.4g} [{metric.low:.4g}, {metric.high:.4g}]"
+    spread = metric.standard_error or (metric.sd if (metric.splits or 0) > 1 else None)
+    return f"{metric.value:.4g}" + (f" ± {spread:.2g}" if spread else "")
 
 
 def _book_facts(book: "ResultBook") -> dict[str, Any]:
@@ -226,18 +206,40 @@ def _book_facts(book: "ResultBook") -> dict[str, Any]:
 def _table(book: "ResultBook") -> "Table":
     from rich.table import Table
 
-    names = (book.protocol.features.distance_name, book.protocol.features.score_name)
+    features = book.protocol.features
+    results, held_out = book.results(), book.held_out()
+    names = [
+        name
+        for name in (features.distance_name, features.score_name)
+        if any(name in result.metrics for result in results)
+    ]
     table = Table(title=book.url)
     for heading in ("checkpoint", "images", *names, "seconds"):
         table.add_column(heading, justify="left" if heading == "checkpoint" else "right", no_wrap=True)
-    for result in book.results():
+    for result in results:
         cells = [_shown(result.metrics[name]) for name in names]
         table.add_row(result.checkpoint, str(result.images), *cells, f"{result.seconds:.1f}")
-    held_out = book.held_out()
     if held_out:
-        cells = [_shown(held_out.metrics[name]) for name in names]
         table.add_section()
+        cells = [_shown(held_out.metrics[name]) for name in names]
         table.add_row(f"real held-out ({held_out.samples})", "", *cells, f"{held_out.seconds:.1f}")
+    return table
+
+
+def _all_metrics(book: "ResultBook") -> "Table | None":
+    """Every metric of the newest result, where there are more than the two of the other table."""
+    from rich.table import Table
+
+    results = book.results()
+    if not results or len(results[-1].metrics) <= 2:
+        return None
+    newest = results[-1]
+    table = Table(title=f"all metrics of {newest.checkpoint}")
+    for heading in ("metric", "samples", f"real held-out ({newest.held_out_samples})"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
+    for name, metric in newest.metrics.items():
+        real = newest.held_out.get(name)
+        table.add_row(name, _shown(metric), _shown(real) if real else "")
     return table
 
 

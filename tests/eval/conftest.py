@@ -49,6 +49,29 @@ def inception_option(inception_file: Path) -> str:
     return f"inception={inception_file}#sha256={sha256_hex(inception_file.read_bytes())}"
 
 
+SMALL_NETWORK = """
+import torch
+
+def network(device):
+    torch.manual_seed(0)
+    weight = torch.randn(12, 192, device=device) / 2000
+
+    def features(x):
+        pooled = x.flatten(1) @ weight.T
+        return pooled, pooled[:, :3].softmax(1)
+
+    return features
+"""
+
+
+@pytest.fixture(scope="session")
+def small_network_option(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A feature network of 12 features and 3 classes in a Python file."""
+    path = tmp_path_factory.mktemp("network") / "small.py"
+    path.write_text(SMALL_NETWORK)
+    return f"python={path}:network#sha256={sha256_hex(path.read_bytes())}&dim=12&classes=3&side=8&name=small"
+
+
 @pytest.fixture
 def inception(inception_option: str) -> FeatureChoice:
     return parse_choice(inception_option)
@@ -65,7 +88,7 @@ def prepared_run(tmp_path_factory: pytest.TempPathFactory, data_url: str, incept
     """A finished run of two checkpoints, its reference statistics stored; tests use copies."""
     made = start_run(tmp_path_factory.mktemp("prepared") / "run", data_url)
     with Team() as alone:
-        assert Service(made.url, WatchOptions(features=parse_choice(inception_option)), alone).set_up()
+        assert Service(made.url, WatchOptions(features=inception_option), alone).set_up()
     return made
 
 

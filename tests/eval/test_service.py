@@ -12,7 +12,6 @@ import pytest
 from data_pipeline.documents import Document
 from data_pipeline.errors import ExitCode, UserError
 from data_pipeline.lease import LeaseBoard
-from eval.features import FeatureChoice
 from eval.results import BEST_FILE, Best, Result, books
 from eval.service import Service, WatchOptions, watch
 from eval.team import Team
@@ -23,8 +22,8 @@ FIRST, SECOND = "0000000064-000001", "0000000128-000001"
 
 
 @pytest.fixture
-def options(inception: FeatureChoice) -> WatchOptions:
-    return WatchOptions(features=inception, poll_seconds=0.05, until_finished=True, lease_seconds=5.0)
+def options(inception_option: str) -> WatchOptions:
+    return WatchOptions(features=inception_option, poll_seconds=0.05, until_finished=True, lease_seconds=5.0)
 
 
 def test_every_checkpoint_once_and_oldest_first(run: Run, options: WatchOptions, team: Team) -> None:
@@ -44,7 +43,7 @@ def test_every_checkpoint_once_and_oldest_first(run: Run, options: WatchOptions,
     assert (again.evaluated, len(seen)) == (0, 2)
     # What is published stands.
     altered = seen[0].model_copy(update={"seconds": 1e9})
-    assert book.publish(altered, b"another picture") == seen[0]
+    assert book.publish(altered, {altered.grid: b"another picture"}) == seen[0]
     assert book.results()[0] == seen[0]
     assert book.storage.read(seen[0].grid).startswith(b"\x89PNG")
     documents: list[Document | None] = [book.protocol, book.held_out(), best, seen[0]]
