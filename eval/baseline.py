@@ -1,7 +1,7 @@
 """What every checkpoint of a protocol is compared with: the reference, and real held-out pictures."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -66,9 +66,14 @@ def prepare(
     team.on_main(lambda: _check_data(data_url, protocol))
     team.on_main(book.open)
     reference = _reference(book, data_url, network, team, cache, file)
+    held_out = None
+    if protocol.measures(MetricName.HELD_OUT):
+        every = RealJob(data_url, protocol.held_out.split, protocol.shape)
+        held_out = real_statistics(team, network, every, cache).moments
+    compared = replace(reference, held_out=held_out)
     row = team.on_main(book.held_out)
     if row is not None and not protocol.measures(MetricName.NEIGHBOURS):
-        return Baseline(reference, row)
+        return Baseline(compared, row)
     began = time.monotonic()
     statistics = real_statistics(
         team,
@@ -88,7 +93,7 @@ def prepare(
         row = team.on_main(lambda: _held_out(protocol, statistics, reference, time.monotonic() - began))
         published = row
         team.on_main(lambda: book.storage.create(HELD_OUT_FILE, published.to_json()))
-    return Baseline(reference, row, _distances(protocol, statistics, reference))
+    return Baseline(compared, row, _distances(protocol, statistics, reference))
 
 
 def _reference(

@@ -98,8 +98,7 @@ def selftest(
 
 def _checks(team: Team, inception: FeatureChoice | None, cifar10: str | None) -> Iterator[Check]:
     yield _closed_form()
-    yield from _embedded(team)
-    if inception is not None:
+    if inception is not None:  # first, so that a wrong file is told of at once
         network = team.together(lambda: open_network(inception, team.device))
         yield Check(
             name=f"features of {network.identity.name}",
@@ -110,6 +109,7 @@ def _checks(team: Team, inception: FeatureChoice | None, cifar10: str | None) ->
         )
         if cifar10 is not None:
             yield _published(team, network, cifar10)
+    yield from _embedded(team)
 
 
 def _closed_form() -> Check:

@@ -17,9 +17,10 @@ from launch.cli import app
 from tests.eval.helpers import start_run
 from tests.support import tiny_recipe
 
-METRICS = "[bits,neighbours,interval,infinity,manifold,kernel,score,distance]"
+METRICS = "[held-out,bits,neighbours,interval,infinity,manifold,kernel,score,distance]"
 NAMES = [
     "FD-{}",
+    "FD-{}-val",
     "CS-{}",
     "KID-{}",
     "precision-{}",
@@ -60,7 +61,7 @@ def test_every_metric_of_one_stream(
     assert list(metrics) == [name.format(label) for name in NAMES]
     assert all(np.isfinite(metric.value) for metric in metrics.values())
     _check_consistency(metrics, label)
-    fewer = set(NAMES[:9]) - {"FD-{}-infinity"}  # 14 held-out pictures
+    fewer = set(NAMES[:10]) - {"FD-{}-infinity", "FD-{}-val"}  # 14 held-out pictures
     assert set(found[0].held_out) == {name.format(label) for name in fewer}
     held_out = book.held_out()
     assert held_out is not None
