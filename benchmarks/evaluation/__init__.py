@@ -1,0 +1,1 @@
+"""How fast pictures become metrics, and at which price in memory: `python -m benchmarks.evaluation`."""
