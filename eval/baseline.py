@@ -11,7 +11,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.index import load_index
 from eval.features import FeatureNetwork
 from eval.imported import FileChoice, load_statistics
-from eval.measure import Reference, measure, warnings_of
+from eval.measure import LEAST_PICTURES, MANIFOLD, Reference, measure, warnings_of
+from eval.metrics.manifold import radii as neighbourhood_radii
 from eval.metrics.neighbours import nearest
 from eval.moments_file import dump_moments, load_moments
 from eval.protocol import Protocol
@@ -66,10 +67,14 @@ def prepare(
     team.on_main(lambda: _check_data(data_url, protocol))
     team.on_main(book.open)
     reference = _reference(book, data_url, network, team, cache, file)
-    held_out = None
+    _check_counts(protocol, reference, data_url)
+    held_out, radii = None, None
     if protocol.measures(MetricName.HELD_OUT):
         every = RealJob(data_url, protocol.held_out.split, protocol.shape)
         held_out = real_statistics(team, network, every, cache).moments
+    if protocol.measures(MetricName.MANIFOLD) and reference.features is not None:
+        radii = neighbourhood_radii(reference.features, MANIFOLD)
+    reference = replace(reference, radii=radii)
     compared = replace(reference, held_out=held_out)
     row = team.on_main(book.held_out)
     if row is not None and not protocol.measures(MetricName.NEIGHBOURS):
@@ -111,24 +116,42 @@ def _reference(
         where = f"{book.url}/{REFERENCE_FILE}"
         moments, spatial = team.together(lambda: load_moments(book.storage.read(REFERENCE_FILE), where))
         return Reference(moments, spatial)
-    if file is not None:
-        read = team.together(lambda: load_statistics(file, network.identity))
-        reference = Reference(read.moments, read.spatial)
-        facts = {"file": file.identity.sha256, "kind": file.identity.kind}
-    else:
-        wanted = RealJob(
-            data_url,
-            protocol.reference.split,
-            protocol.shape,
-            spatial=protocol.measures(MetricName.SPATIAL),
-            store=protocol.stores_reference,
-        )
-        taken = real_statistics(team, network, wanted, cache)
-        reference = Reference(taken.moments, taken.spatial, taken.features)
-        facts = {"index": protocol.reference.index_sha256, "split": protocol.reference.split}
+    reference = take_reference(protocol, data_url, network, team, cache, file)
+    facts = (
+        {"file": file.identity.sha256, "kind": file.identity.kind}
+        if file is not None
+        else {"index": protocol.reference.index_sha256, "split": protocol.reference.split}
+    )
     data = dump_moments(reference.moments, reference.spatial, {**facts, "features": protocol.features.sha256})
     team.on_main(lambda: book.storage.create(REFERENCE_FILE, data))
     return reference
+
+
+def take_reference(
+    protocol: Protocol,
+    data_url: str,
+    network: FeatureNetwork,
+    team: Team,
+    cache: ReferenceCache,
+    file: FileChoice | None,
+) -> Reference:
+    """Get a protocol's reference statistics from the file, the cache or the pictures.
+
+    Raises:
+        UserError: The data set or the file is missing or does not fit.
+    """
+    if file is not None:
+        read = team.together(lambda: load_statistics(file, network.identity))
+        return Reference(read.moments, read.spatial)
+    wanted = RealJob(
+        data_url,
+        protocol.reference.split,
+        protocol.shape,
+        spatial=protocol.measures(MetricName.SPATIAL),
+        store=protocol.stores_reference,
+    )
+    taken = real_statistics(team, network, wanted, cache)
+    return Reference(taken.moments, taken.spatial, taken.features)
 
 
 def _held_out(protocol: Protocol, statistics: Statistics, reference: Reference, seconds: float) -> HeldOut:
@@ -159,6 +182,22 @@ def _distances(
     if statistics.features is None or reference.features is None:  # not in this process
         return None
     return nearest(statistics.features, reference.features).distance
+
+
+def _check_counts(protocol: Protocol, reference: Reference, data_url: str) -> None:
+    """Refuse metrics that need more reference pictures than there are."""
+    for metric in (MetricName.KERNEL, MetricName.MANIFOLD):
+        least = LEAST_PICTURES[metric]
+        if protocol.measures(metric) and reference.moments.count < least:
+            raise UserError(
+                f"{data_url}: split {protocol.reference.split!r} has {reference.moments.count} pictures, "
+                f"`{metric}` needs {least}; leave it out of evaluation.{protocol.spec}.metrics"
+            )
+    if protocol.measures(MetricName.SPATIAL) and reference.spatial is None:
+        raise UserError(
+            f"evaluation.{protocol.spec}.reference_file: holds no mu_s and sigma_s; "
+            "leave `spatial` out of its metrics"
+        )
 
 
 def _check_data(data_url: str, protocol: Protocol) -> None:

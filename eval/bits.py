@@ -25,7 +25,6 @@ from data_pipeline.errors import UserError
 from data_pipeline.index import LoadedIndex, load_index
 from eval.metrics.rate_distortion import LEVELS_PER_UNIT, Number, RateDistortion, rmse_in_levels
 from eval.moments import MomentSums
-from eval.precision import full_float32
 from eval.protocol import PictureSet
 from eval.reference import RealPictures
 from eval.statistics import Job
@@ -210,8 +209,7 @@ def chunk_bits(
         output: Tensor = loaded.model(x_t, t)
         return output
 
-    # TF32 would round the last timesteps' estimates of x_0, whose errors are themselves below one level.
-    with torch.inference_mode(), full_float32():
+    with torch.inference_mode():
         if job.draws is None:
             columns, by_timestep = _exact(loaded, denoise, x0, noise, count)
         else:

@@ -6,8 +6,10 @@ their difference varies less than either distance. The interval resamples the pa
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -15,20 +17,20 @@ from pydantic import BaseModel, ConfigDict
 from data_pipeline.documents import Document
 from data_pipeline.errors import UserError
 from data_pipeline.index import load_index
-from eval.baseline import prepare
+from eval.baseline import take_reference
 from eval.evaluate import draw_statistics
-from eval.features import FeatureNetwork, open_network
+from eval.features import open_network
 from eval.metrics.bootstrap import BootstrapOptions, paired_difference
 from eval.moments import Moments
 from eval.plan import make_plan
 from eval.protocol import Protocol
 from eval.reference_cache import ReferenceCache
-from eval.results import ResultBook
 from eval.spill import Float32Array
 from eval.team import Team
+from trainer.recipe import Recipe
 from trainer.recipe_evaluation import MetricName
 from trainer.run import Run
-from trainer.weights import load_for_inference
+from trainer.weights import Loaded, load_for_inference
 
 _MAY_DIFFER: Final = {"ema", "ema_profile"}
 """What two runs' protocols of one name may differ in: whose weights are compared is the question itself."""
@@ -67,10 +69,12 @@ class Comparison(Document):
         a: The first.
         b: The second.
         difference: Distance of a less that of b: negative if a is better.
+        standard_error: Of the difference, from resampled pairs.
         low: Lower end of its 95 % interval.
         high: Upper end.
         replicates: How often the pairs were resampled.
-        probability_a_better: Share of the replicates in which a has the lower distance.
+        probability_a_better: That a has the lower distance: Phi(-difference / standard error).
+        correlation: Of both distances over the replicates: what common noise brought.
     """
 
     SCHEMA: ClassVar[str] = "comparison/1"
@@ -81,10 +85,12 @@ class Comparison(Document):
     a: Side
     b: Side
     difference: float
+    standard_error: float
     low: float
     high: float
     replicates: int
     probability_a_better: float
+    correlation: float
 
 
 @dataclass(frozen=True)
@@ -127,80 +133,98 @@ def compare(
     """
     recipes = [team.on_main(contender.run.latest_recipe) for contender in (a, b)]
     name = spec or next(iter(recipes[0].evaluation), "")
-    index_sha256 = team.on_main(lambda: load_index(recipes[0].data.url).sha256)
-    plan = make_plan(recipes[0], name, index_sha256, features)
-    other = make_plan(recipes[1], name, index_sha256, features)
-    _check_equal(plan.protocol, other.protocol, b.run)
-    network = team.together(lambda: open_network(plan.features, team.device))
-    book = ResultBook(a.run, plan.protocol)
-    baseline = prepare(book, recipes[0].data.url, network, team, ReferenceCache(), plan.reference_file)
-    drawn = [
-        _draw(contender, _storing(own.protocol, contender), network, team)
-        for contender, own in ((a, plan), (b, other))
+    plans = [
+        make_plan(recipe, name, team.on_main(partial(_index_of, recipe)), features) for recipe in recipes
     ]
-    return team.on_main(
-        lambda: _compared(plan.protocol, drawn[0], drawn[1], baseline.reference.moments, options)
-    )
+    plan = plans[0]
+    _check_equal(plan.protocol, plans[1].protocol, b.run)
+    with ExitStack() as claims:
+        sides = [
+            _take(contender, own.protocol.ema, team, claims)
+            for contender, own in zip((a, b), plans, strict=True)
+        ]
+        if sides[0].identity == sides[1].identity:
+            raise UserError(
+                f"{a.run.url}: both sides are {sides[0].name} with weights {sides[0].ema}; "
+                "name OTHER, --other-run or --other-ema"
+            )
+        network = team.together(lambda: open_network(plan.features, team.device))
+        # Its samples' features are kept; nothing is published under this protocol.
+        protocol = plan.protocol.model_copy(update={"metrics": (MetricName.DISTANCE, MetricName.INTERVAL)})
+        reference = take_reference(
+            protocol, recipes[0].data.url, network, team, ReferenceCache(), plan.reference_file
+        )
+        drawn = [
+            draw_statistics(side.loaded, protocol, network, team, f"draw {side.name} ({side.ema})").features
+            for side in sides
+        ]
+    return team.on_main(lambda: _compared(plan.protocol, sides, drawn, reference.moments, options))
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """A side, and its samples' features in the main process."""
+class _Side:
+    """A contender, read and protected."""
 
     run: str
-    checkpoint: str
+    name: str
     manifest_sha256: str
     ema: str
-    features: Float32Array | None
+    loaded: Loaded
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Which weights these are."""
+        return self.manifest_sha256, self.ema
 
 
-def _storing(protocol: Protocol, contender: Contender) -> Protocol:
-    """The protocol with the contender's weights and each sample's features kept, never published as such."""
-    wanted: dict[str, object] = {"metrics": (MetricName.DISTANCE, MetricName.INTERVAL)}
-    if contender.ema is not None:
-        wanted["ema"] = contender.ema
-    return protocol.model_copy(update=wanted)
+def _index_of(recipe: Recipe) -> str:
+    return load_index(recipe.data.url).sha256
 
 
-def _draw(contender: Contender, protocol: Protocol, network: FeatureNetwork, team: Team) -> _Drawn:
-    run = contender.run
+def _take(contender: Contender, ema: str, team: Team, claims: ExitStack) -> _Side:
+    """Choose, pin and load a contender's checkpoint; the main process gives the pin back with the claims."""
+    run, ema = contender.run, contender.ema or ema
     name = team.on_main(lambda: run.select(contender.checkpoint))
-    with ExitStack() as claim:
-        if team.is_main:
-            claim.enter_context(run.pin(name, f"{socket.gethostname()}-{os.getpid()}"))
-        loaded = team.together(lambda: load_for_inference(run, name, ema=protocol.ema, device=team.device))
-        identity = team.on_main(lambda: run.manifest_sha256(name))
-    drawn = draw_statistics(loaded, protocol, network, team, f"draw {name} ({protocol.ema})")
-    return _Drawn(run.url, name, identity, protocol.ema, drawn.features)
+    pin = run.pin(name, f"{socket.gethostname()}-{os.getpid()}")
+    team.on_main(lambda: claims.enter_context(pin) and None)
+    loaded = team.together(lambda: load_for_inference(run, name, ema=ema, device=team.device))
+    return _Side(run.url, name, team.on_main(lambda: run.manifest_sha256(name)), ema, loaded)
 
 
 def _compared(
-    protocol: Protocol, a: _Drawn, b: _Drawn, reference: Moments, options: BootstrapOptions
+    protocol: Protocol,
+    sides: Sequence[_Side],
+    drawn: Sequence[Float32Array | None],
+    reference: Moments,
+    options: BootstrapOptions,
 ) -> Comparison:
-    assert a.features is not None
-    assert b.features is not None
-    found = paired_difference(a.features, b.features, reference, options)
-    sides = [
+    a, b = drawn
+    assert a is not None
+    assert b is not None
+    found = paired_difference(a, b, reference, options)
+    first, second = (
         Side(
             run=side.run,
-            checkpoint=side.checkpoint,
+            checkpoint=side.name,
             manifest_sha256=side.manifest_sha256,
             ema=side.ema,
             distance=distance,
         )
-        for side, distance in ((a, found.a), (b, found.b))
-    ]
+        for side, distance in zip(sides, (found.a, found.b), strict=True)
+    )
     return Comparison(
         metric=protocol.features.distance_name,
         protocol=protocol.directory,
         samples=protocol.samples,
-        a=sides[0],
-        b=sides[1],
+        a=first,
+        b=second,
         difference=found.difference,
+        standard_error=found.standard_error,
         low=found.low,
         high=found.high,
         replicates=options.replicates,
         probability_a_better=found.probability_a_better,
+        correlation=found.correlation,
     )
 
 

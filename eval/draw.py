@@ -11,6 +11,7 @@ import torch
 from data_pipeline.documents import Document
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
+from eval.precision import forbid_tf32
 from eval.report.grid import sample_grid, to_pil
 from eval.sampling import SamplerSettings, sample_images
 from trainer.recipe import Recipe
@@ -85,6 +86,7 @@ def draw(run: Run, out: Path, options: DrawOptions, device: torch.device) -> Sam
             samples already or cannot be written.
         CheckpointGoneError: Retention removed the checkpoint.
     """
+    forbid_tf32()
     recipe = run.recipe()
     spec = _spec(recipe, options)
     if (out / "samples.json").exists():

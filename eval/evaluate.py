@@ -81,7 +81,9 @@ def evaluate(
     loaded, manifest_sha256 = team.together(lambda: _load(run, checkpoint, protocol.ema, team.device))
     statistics = draw_statistics(loaded, protocol, network, team, f"evaluate {checkpoint}", keep)
     numbers = team.on_main(
-        lambda: measure(protocol, statistics, baseline.reference, baseline.held_out_distances)
+        lambda: measure(
+            protocol, statistics, baseline.reference, baseline.held_out_distances, team.check_stop
+        )
     )
     bits = _bits(loaded, protocol, team) if protocol.bits else {}
     for split, found in bits.items():
@@ -153,7 +155,7 @@ def draw_statistics(
         keep=GRID_PICTURES,
         spatial=protocol.measures(MetricName.SPATIAL),
         store=protocol.stores_features,
-        overlap=team.device.type != "cpu",
+        overlap=True,
     )
     if not team.is_main:
         return accumulate(team, network, draw, job)

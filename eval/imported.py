@@ -15,6 +15,7 @@ All of them divide the covariance by N - 1 (`numpy.cov`); none tells its N.
 """
 
 import io
+import zipfile
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -122,6 +123,11 @@ def load_statistics(choice: FileChoice, features: FeatureIdentity) -> ImportedSt
         )
     spatial = None
     if features.spatial is not None and "mu_s" in arrays:
+        if len(arrays["mu_s"]) != features.spatial:
+            raise UserError(
+                f"{choice.location}: statistics of {len(arrays['mu_s'])} spatial features, {features.name} "
+                f"has {features.spatial}; name the network that the file was made with"
+            )
         spatial = _moments(arrays["mu_s"], arrays["sigma_s"])
     return ImportedStatistics(_moments(arrays["mu"], arrays["sigma"]), spatial)
 
@@ -151,7 +157,7 @@ def read_arrays(data: bytes, where: str) -> dict[str, NDArray[np.float64]]:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             names = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in archive.files]
             arrays = {name: np.asarray(archive[name], dtype=np.float64) for name in names}
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{where}: no .npz file of statistics ({error}); it needs arrays mu and sigma"
         ) from error

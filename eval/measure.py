@@ -11,8 +11,8 @@ from eval.metrics.bootstrap import BootstrapOptions, bootstrap_distance
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.infinity import InfinityOptions, frechet_infinity
 from eval.metrics.kid import KidOptions, kernel_distance
-from eval.metrics.manifold import ManifoldOptions, manifold
-from eval.metrics.neighbours import memorisation, nearest
+from eval.metrics.manifold import ManifoldOptions, Radii, manifold
+from eval.metrics.neighbours import NeighbourOptions, memorisation, nearest
 from eval.moments import Moments
 from eval.protocol import FeatureIdentity, Protocol
 from eval.results import Metric
@@ -23,19 +23,26 @@ from trainer.recipe_evaluation import MetricName
 Metrics = dict[str, Metric]
 
 
-Options = KidOptions | ManifoldOptions | InfinityOptions | BootstrapOptions
+KERNEL: Final = KidOptions()
+MANIFOLD: Final = ManifoldOptions()
+INFINITY: Final = InfinityOptions()
+INTERVAL: Final = BootstrapOptions()
+NEIGHBOURS: Final = NeighbourOptions()
+Options = KidOptions | ManifoldOptions | InfinityOptions | BootstrapOptions | NeighbourOptions
 CONSTANTS: Final[dict[MetricName, Options]] = {
-    MetricName.KERNEL: KidOptions(),
-    MetricName.MANIFOLD: ManifoldOptions(),
-    MetricName.INFINITY: InfinityOptions(),
-    MetricName.INTERVAL: BootstrapOptions(),
+    MetricName.KERNEL: KERNEL,
+    MetricName.MANIFOLD: MANIFOLD,
+    MetricName.INFINITY: INFINITY,
+    MetricName.INTERVAL: INTERVAL,
+    MetricName.NEIGHBOURS: NEIGHBOURS,
 }
 """What the metrics that have constants are computed with; part of the protocol."""
 LEAST_PICTURES: Final[dict[MetricName, int]] = {
-    MetricName.MANIFOLD: ManifoldOptions().k_density + 1,
-    MetricName.INFINITY: 2 * InfinityOptions().points,
+    MetricName.KERNEL: 3,
+    MetricName.MANIFOLD: MANIFOLD.k_density + 1,
+    MetricName.INFINITY: 2 * INFINITY.points,
 }
-"""So many pictures some metrics need on each side."""
+"""So many samples some metrics need, `kernel` and `manifold` reference pictures, too."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,15 @@ class Reference:
         spatial: Of their spatial features; None if no metric needs them.
         features: [N, d] float32, each picture's; None if no metric needs them, and outside the main process.
         held_out: Moments of all held-out pictures; None if no metric needs them.
+        radii: Of the reference pictures' neighbourhoods; None if no metric needs them, and outside the main
+            process.
     """
 
     moments: Moments
     spatial: Moments | None = None
     features: Float32Array | None = None
     held_out: Moments | None = None
+    radii: Radii | None = None
 
 
 def measure(
@@ -60,6 +70,7 @@ def measure(
     statistics: Statistics,
     reference: Reference,
     held_out_distances: NDArray[np.float64] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Compute all metrics of a protocol that are made of features. Main process only.
 
@@ -69,6 +80,7 @@ def measure(
         reference: What they are compared with.
         held_out_distances: [n] from real held-out pictures to their nearest reference pictures; None where
             there is nothing to compare with, as for the held-out pictures themselves.
+        check: Called before every metric; may raise to end the work early.
 
     Returns:
         The metrics by name, in the protocol's order.
@@ -77,8 +89,10 @@ def measure(
     left_out = _left_out(protocol, statistics, reference)
     for metric, compute in _MEASURES.items():
         if protocol.measures(metric) and metric not in left_out:
+            check()
             found |= compute(protocol, statistics, reference)
     if protocol.measures(MetricName.NEIGHBOURS) and held_out_distances is not None:
+        check()
         found |= _neighbours(protocol, statistics, reference, held_out_distances)
     return found
 
@@ -89,6 +103,8 @@ def warnings_of(protocol: Protocol, statistics: Statistics, reference: Reference
     counts = [("samples", statistics.moments.count)]
     if protocol.reference_file is None:
         counts.append(("reference", reference.moments.count))
+    if reference.held_out is not None:
+        counts.append(("all held-out pictures", reference.held_out.count))
     found = [
         f"{name}: {count} pictures for {dim} features: the covariance is rank-deficient and the distance "
         "biased high; compare equal counts only"
@@ -150,33 +166,31 @@ def _score(protocol: Protocol, statistics: Statistics, reference: Reference) -> 
 
 
 def _spatial(protocol: Protocol, statistics: Statistics, reference: Reference) -> Metrics:
-    if statistics.spatial is None or reference.spatial is None:
-        return {}  # a published file without spatial statistics
-    return {
-        protocol.features.spatial_name: Metric(value=frechet_distance(statistics.spatial, reference.spatial))
-    }
+    assert statistics.spatial is not None
+    assert reference.spatial is not None
+    value = frechet_distance(statistics.spatial, reference.spatial)
+    return {protocol.features.spatial_name: Metric(value=value)}
 
 
 def _kernel(protocol: Protocol, statistics: Statistics, reference: Reference) -> Metrics:
     assert statistics.features is not None
     assert reference.features is not None
-    found = kernel_distance(statistics.features, reference.features, KidOptions())
+    found = kernel_distance(statistics.features, reference.features, KERNEL)
     low, high = found.interval
-    metric = Metric(
-        value=found.value,
-        sd=found.sd,
-        splits=found.subsets,
-        standard_error=found.standard_error,
-        low=low,
-        high=high,
-    )
-    return {_named(protocol.features, "KID"): metric}
+    return {
+        _named(protocol.features, "KID"): Metric(
+            value=found.value, standard_error=found.standard_error, low=low, high=high
+        ),
+        _named(protocol.features, "KID-subsets"): Metric(
+            value=found.subset_mean, sd=found.sd, splits=found.subsets
+        ),
+    }
 
 
 def _manifold(protocol: Protocol, statistics: Statistics, reference: Reference) -> Metrics:
     assert statistics.features is not None
     assert reference.features is not None
-    found = manifold(statistics.features, reference.features, ManifoldOptions())
+    found = manifold(statistics.features, reference.features, MANIFOLD, reference.radii)
     shares = {
         "precision": found.precision,
         "recall": found.recall,
@@ -188,7 +202,7 @@ def _manifold(protocol: Protocol, statistics: Statistics, reference: Reference) 
 
 def _infinity(protocol: Protocol, statistics: Statistics, reference: Reference) -> Metrics:
     assert statistics.features is not None
-    found = frechet_infinity(statistics.features, reference.moments, InfinityOptions())
+    found = frechet_infinity(statistics.features, reference.moments, INFINITY)
     low, high = found.interval
     metric = Metric(value=found.value, standard_error=found.standard_error, low=low, high=high)
     return {f"{protocol.features.distance_name}-infinity": metric}
@@ -196,7 +210,7 @@ def _infinity(protocol: Protocol, statistics: Statistics, reference: Reference) 
 
 def _interval(protocol: Protocol, statistics: Statistics, reference: Reference) -> Metrics:
     assert statistics.features is not None
-    found = bootstrap_distance(statistics.features, reference.moments, BootstrapOptions())
+    found = bootstrap_distance(statistics.features, reference.moments, INTERVAL)
     metric = Metric(value=found.value, standard_error=found.standard_error, low=found.low, high=found.high)
     return {f"{protocol.features.distance_name}-interval": metric}
 
@@ -206,7 +220,8 @@ def _neighbours(
 ) -> Metrics:
     assert statistics.features is not None
     assert reference.features is not None
-    found = memorisation(nearest(statistics.features, reference.features).distance, held_out)
+    distances = nearest(statistics.features, reference.features).distance
+    found = memorisation(distances, held_out, NEIGHBOURS)
     return {
         _named(protocol.features, "memorised"): Metric(value=found.share),
         _named(protocol.features, "memorised-expected"): Metric(

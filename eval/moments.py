@@ -65,9 +65,9 @@ class MomentSums:
 
     def result(self) -> Moments:
         """Moments of all vectors added so far."""
-        lower = torch.from_numpy(self._scatter)
-        scatter = lower.tril() + lower.tril(-1).T
-        return Moments(self._count, torch.from_numpy(self._mean.copy()), scatter.contiguous())
+        scatter = self._scatter + self._scatter.T  # above the diagonal there are zeros
+        np.fill_diagonal(scatter, self._scatter.diagonal())
+        return Moments(self._count, torch.from_numpy(self._mean.copy()), torch.from_numpy(scatter))
 
 
 def moments_of(features: Tensor) -> Moments:

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.errors import UserError
-from eval.features import FEATURE_BATCH, FeatureChoice, ResizeMode, parse_choice
-from eval.imported import FileChoice, parse_reference_file
+from eval.features import FEATURE_BATCH, FeatureChoice, NetworkKind, ResizeMode, parse_choice
+from eval.imported import FileChoice, StatisticsKind, parse_reference_file
 from eval.measure import CONSTANTS, LEAST_PICTURES
 from eval.metrics.classifier_score import splits_for
 from eval.protocol import BASIC_METRICS, ImageShape, PictureSet, Protocol
@@ -52,6 +52,9 @@ def make_plan(recipe: Recipe, spec_name: str, index_sha256: str, features: str |
             f"{recipe.diffusion.num_timesteps} {spec.sampler} can take {most}; lower it"
         )
     choice = parse_choice(features or spec.features, ResizeMode(spec.resize))
+    if features is not None and not choice.identity.classes:
+        # Named for this evaluation only: what the network cannot give is not the specification's mistake.
+        spec = spec.model_copy(update={"metrics": tuple(set(spec.metrics) - {MetricName.SCORE})})
     metrics = _metrics(spec_name, spec, choice)
     file = parse_reference_file(spec.reference_file, spec.resize) if spec.reference_file else None
     profile: dict[str, Any] = {} if spec.ema == "raw" else recipe.ema[spec.ema].model_dump(mode="json")
@@ -98,10 +101,22 @@ def _metrics(name: str, spec: EvaluationSpec, choice: FeatureChoice) -> tuple[Me
                 "raise it or leave the metric out"
             )
     if spec.reference_file:
-        taken = {MetricName.KERNEL, MetricName.MANIFOLD, MetricName.NEIGHBOURS} & set(spec.metrics)
-        if taken:
-            raise UserError(
-                f"{key}: {', '.join(sorted(taken))} need the reference pictures themselves, reference_file "
-                "has only their mean and covariance; leave one of both out"
-            )
+        _check_file(key, spec, choice)
     return tuple(metric for metric in MetricName if metric in spec.metrics)
+
+
+def _check_file(key: str, spec: EvaluationSpec, choice: FeatureChoice) -> None:
+    """Refuse published statistics where they are of another network, or of too little."""
+    if choice.kind not in (NetworkKind.INCEPTION, NetworkKind.INCEPTION_STATE):
+        raise UserError(
+            f"{key}: reference_file is of the Inception, {choice.identity.name} is another network; use "
+            "features: inception=… or inception-state=…"
+        )
+    if MetricName.SPATIAL in spec.metrics and f"kind={StatisticsKind.ADM}" not in (spec.reference_file or ""):
+        raise UserError(f"{key}: only files of kind adm hold spatial statistics; leave `spatial` out")
+    taken = {MetricName.KERNEL, MetricName.MANIFOLD, MetricName.NEIGHBOURS} & set(spec.metrics)
+    if taken:
+        raise UserError(
+            f"{key}: {', '.join(sorted(taken))} need the reference pictures themselves, reference_file "
+            "has only their mean and covariance; leave one of both out"
+        )

@@ -27,6 +27,7 @@ class FeatureIdentity(BaseModel):
         classes: Number of classes k of its probabilities; 0 if it has none.
         resize: How pictures come to its input size.
         spatial: Number of spatial features, for sFID; None if the network gives none.
+        function: Which function of a Python file makes it; None for other files.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -37,6 +38,7 @@ class FeatureIdentity(BaseModel):
     classes: int
     resize: str
     spatial: int | None = None
+    function: str | None = None
 
     @property
     def distance_name(self) -> str:

@@ -1,22 +1,26 @@
 """Statistics of real pictures, by the same code path as those of generated ones."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import StorageFault, UserError
 from data_pipeline.index import LoadedIndex, load_index
 from data_pipeline.progress import Progress
 from data_pipeline.split_reader import read_split
 from eval.features import FEATURE_BATCH, FeatureNetwork
 from eval.protocol import ImageShape, PictureSet
-from eval.reference_cache import ReferenceCache, ReferenceKey
+from eval.reference_cache import PLACE_VARIABLE, ReferenceCache, ReferenceKey
 from eval.statistics import Job, Pictures, Statistics, accumulate
 from eval.team import Team
+
+log = logging.getLogger(__name__)
 
 REAL_CHUNK: Final = 128
 """Real pictures per chunk, whatever the protocol's own chunks: so equal sets have equal statistics."""
@@ -97,8 +101,11 @@ def real_statistics(
         spatial=job.spatial,
         store=job.store,
     )
-    if cache is not None and team.on_main(lambda: cache.holds(key)):
-        return team.together(lambda: cache.load(key, features=team.is_main))
+    if cache is not None:
+        there = team.together(lambda: cache.find(key))
+        # Each node may have a cache of its own.
+        if bool(team.gather(torch.tensor([there is not None])).all()) and there is not None:
+            return team.together(lambda: cache.load(there, features=team.is_main and key.store))
     source = RealPictures(wanted.url, wanted.split, job)
     if team.is_main:
         with Progress(f"features of {wanted.split}", job.total, "img") as progress:
@@ -106,8 +113,16 @@ def real_statistics(
     else:
         found = accumulate(team, network, source, job)
     if cache is not None:
-        team.on_main(lambda: cache.store(key, found))
+        team.on_main(lambda: _keep(cache, key, found))
     return found
+
+
+def _keep(cache: ReferenceCache, key: ReferenceKey, found: Statistics) -> None:
+    """Leave statistics in the cache; a place that cannot be written costs time the next time, no result."""
+    try:
+        cache.store(key, found)
+    except (UserError, StorageFault) as error:
+        log.warning("statistics not kept for the next time (set %s): %s", PLACE_VARIABLE, error)
 
 
 def _job(wanted: RealJob, loaded: LoadedIndex) -> Job:

@@ -112,9 +112,15 @@ class ReferenceCache:
         """Where it lies."""
         return self._storage.url
 
-    def holds(self, key: ReferenceKey) -> bool:
-        """Whether statistics under this key are there."""
-        return self._storage.exists(f"{key.directory}/{_FACTS}")
+    def find(self, key: ReferenceKey) -> ReferenceKey | None:
+        """Return the key of stored statistics that hold what is wanted, or more of the same pictures."""
+        for spatial in (False, True):
+            for store in (False, True):
+                wider = key.model_copy(update={"spatial": spatial, "store": store})
+                enough = spatial >= key.spatial and store >= key.store
+                if enough and self._storage.exists(f"{wider.directory}/{_FACTS}"):
+                    return wider
+        return None
 
     def load(self, key: ReferenceKey, *, features: bool) -> Statistics:
         """Read statistics.
@@ -130,7 +136,7 @@ class ReferenceCache:
         place = self._storage.child(key.directory)
         facts = CachedReference.from_json(place.read(_FACTS), f"{place.url}/{_FACTS}")
         where = f"{place.url}/{facts.moments_file}"
-        data = place.read(facts.moments_file)
+        data = place.read(facts.moments_file) if place.exists(facts.moments_file) else b""
         if sha256_hex(data) != facts.moments_sha256:
             raise UserError(f"{where}: damaged; delete its folder, it will be computed again")
         moments, spatial = load_moments(data, where)
@@ -177,7 +183,7 @@ class ReferenceCache:
 def _read_features(place: Storage, facts: CachedReference) -> Float32Array:
     """Read features block by block into a temporary file of our own."""
     file, size, dim = facts.features_file, facts.features_bytes, facts.key.features.dim
-    if place.size(file) != size or size != 4 * dim * facts.key.count:
+    if not place.exists(file) or place.size(file) != size or size != 4 * dim * facts.key.count:
         raise UserError(f"{place.url}/{file}: damaged; delete its folder, it will be computed again")
     spill, step = FeatureSpill(dim), max(1, _READ_BYTES // (4 * dim)) * 4 * dim
     for start in range(0, size, step):
@@ -188,5 +194,6 @@ def _read_features(place: Storage, facts: CachedReference) -> Float32Array:
 
 
 def _user_folder() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    home = Path("~").expanduser() if "HOME" in os.environ else Path(tempfile.gettempdir())
+    caches = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
     return Path(caches) / "ddpm-foundry" / "references"

@@ -6,6 +6,7 @@ checkpoint `<checkpoint>.json` (its result) and `<checkpoint>-samples.png` (its 
 `best.json` (the lowest distance so far; a report, overwritten).
 """
 
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import ClassVar, Final
@@ -13,6 +14,7 @@ from typing import ClassVar, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.documents import Document
+from data_pipeline.errors import UserError
 from data_pipeline.storage import Storage
 from eval.metrics.rate_distortion import Number
 from eval.protocol import PictureSet, Protocol
@@ -35,11 +37,11 @@ class Metric(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     value: Number
-    sd: float | None = None
+    sd: Number | None = None
     splits: int | None = None
     standard_error: Number | None = None
-    low: float | None = None
-    high: float | None = None
+    low: Number | None = None
+    high: Number | None = None
 
 
 class HeldOut(Document):
@@ -170,9 +172,17 @@ class ResultBook:
         return self.storage.url
 
     def open(self) -> None:
-        """Publish the protocol, so that the folder explains itself."""
-        created = self.storage.create(PROTOCOL_FILE, self.protocol.to_json())
-        assert created, f"{self.url}: protocol.json does not match its folder's hash"
+        """Publish the protocol, so that the folder explains itself.
+
+        Raises:
+            UserError: The file that is there is another protocol's, or damaged.
+        """
+        if self.storage.create(PROTOCOL_FILE, self.protocol.to_json()):
+            return
+        where = f"{self.url}/{PROTOCOL_FILE}"
+        found = Protocol.from_json(self.storage.read(PROTOCOL_FILE), where)
+        if found.sha256 != self.protocol.sha256:  # not the bytes: an older file lacks what is None since
+            raise UserError(f"{where}: is not its folder's protocol; it was changed, move the folder away")
 
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints with a result, by images."""
@@ -221,7 +231,8 @@ class ResultBook:
         Of equal values the earlier checkpoint is taken.
         """
         metric = self.protocol.features.distance_name
-        results = sorted(self.results(), key=lambda result: result.metrics[metric].value)
+        finite = (result for result in self.results() if math.isfinite(result.metrics[metric].value))
+        results = sorted(finite, key=lambda result: result.metrics[metric].value)
         found = next((result for result in results if self.run.is_live(result.checkpoint)), None)
         if found is None:
             return None

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.precision import full_float32
 from eval.statistics import Pictures
 from trainer.diffusion.process import GaussianDiffusion
 from trainer.diffusion.samplers import Denoise, Noise, Step, ancestral, ddim, evenly_spaced, final
@@ -84,7 +83,7 @@ def sample_chunk(
         output: Tensor = loaded.model(x_t, t)
         return output
 
-    with torch.inference_mode(), full_float32():
+    with torch.inference_mode():
         x_T = normal(settings.seed, Purpose.SAMPLE_NOISE, ids, shape, draw=0)
         x_0 = final(_reverse_process(loaded.diffusion, denoise, x_T, noise, settings))
         finite = torch.isfinite(x_0).flatten(1).all(dim=1)

@@ -201,6 +201,11 @@ class Service:
                         f"{task.book.url}: another worker is evaluating {name}; see its result soon"
                     )
                 self._report(self._work(tasks[index], name), report)
+            elif self._options.save_images is not None:
+                raise UserError(
+                    f"{task.book.url}: has the result of {name}, its samples are not drawn again; for "
+                    f"pictures use `ddpm sample {self.run.url} --checkpoint {name} -n N --out FOLDER`"
+                )
             elif self._team.is_main:
                 report(task.book.result(name))
 

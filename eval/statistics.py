@@ -233,12 +233,14 @@ def _extract(team: Team, network: FeatureNetwork, job: Job, pictures: Pictures, 
     """Compute the features of a chunk; of an empty one, nothing."""
     identity, count = network.identity, len(pictures.images)
     block = _Block(
-        images=torch.zeros(job.chunk, *job.shape, dtype=torch.uint8),
+        images=torch.empty(job.chunk, *job.shape, dtype=torch.uint8),
         finite=torch.ones(job.chunk, dtype=torch.bool),
-        pooled=torch.zeros(job.chunk, identity.dim),
-        probabilities=torch.zeros(job.chunk, identity.classes),
-        spatial=torch.zeros(job.chunk, (identity.spatial or 0) if job.spatial else 0),
+        pooled=torch.empty(job.chunk, identity.dim),
+        probabilities=torch.empty(job.chunk, identity.classes),
+        spatial=torch.empty(job.chunk, (identity.spatial or 0) if job.spatial else 0),
     )
+    for padded in (block.images, block.pooled, block.probabilities, block.spatial):
+        padded[count:] = 0
     began = time.monotonic()
     block.images[:count] = torch.from_numpy(pictures.images)
     block.finite[:count] = torch.from_numpy(pictures.finite)

@@ -7,18 +7,29 @@ accelerate is the layer below. One process needs nothing; several are started by
 import os
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather,
+    gather_object,
+)
 from torch import Tensor
 
 from data_pipeline.errors import StorageFault, UserError
+from eval.precision import forbid_tf32
 from trainer.run import CheckpointGoneError
 
 T = TypeVar("T")
+
+_PATIENCE: Final = timedelta(hours=12)
+"""How long processes wait for the main one, which computes metrics of features alone."""
 
 
 class Stopped(Exception):
@@ -41,7 +52,12 @@ class Team:
 
     def __init__(self, stop: threading.Event | None = None) -> None:
         self.stop = stop or threading.Event()
-        self._accelerator: Any = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        forbid_tf32()
+        self._accelerator: Any = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         joined = self._accelerator.distributed_type != DistributedType.NO
         if self.size != expected or (expected > 1 and not joined):

@@ -220,7 +220,7 @@ def _radius(word: Tensor) -> Tensor:
     log_u = e.sub_(32).to(torch.float32).mul_(math.log(2)).add_(log_m)
     # A vector library's float32 root may be off by its last bit, on each processor in its own way (MKL's is).
     # So may its float64 root, but rounded to float32 that is the correct one: no float32 number's root lies
-    # nearer than 2^-50 of itself to the middle of two float32 numbers.
+    # nearer than 2^-51 of itself to the middle of two float32 numbers.
     return log_u.mul_(-2).to(torch.float64).sqrt_().to(torch.float32)
 
 

@@ -49,7 +49,7 @@ class MetricName(StrEnum):
 class BitsSpec(Section):
     """Which pictures' bits per dimension are computed, and how exactly."""
 
-    images: int | None = Field(1000, ge=1)
+    images: int | None = Field(1000, ge=2)
     """The first so many of each split; null: all of them."""
     draws: int | None = Field(20, ge=1)
     """An unbiased estimate from so many timesteps a picture, and the first; null: all T of them."""

@@ -52,7 +52,6 @@ class FeatureChoice:
         kind: How it is loaded.
         location: Path or URL of its file; None for the embedded network.
         resize: How pictures come to its input size.
-        function: Name of the function of a Python file; None for other kinds.
         convention: What a network that the user brings wants to be shown.
     """
 
@@ -60,7 +59,6 @@ class FeatureChoice:
     kind: NetworkKind
     location: str | None = None
     resize: ResizeMode = ResizeMode.CLEAN
-    function: str | None = None
     convention: InputConvention = _DEFAULT_CONVENTION
 
 
@@ -155,8 +153,9 @@ def _external(kind: NetworkKind, location: str, fragment: str) -> FeatureChoice:
         dim=_number(options, "dim", 0, least=1),
         classes=_number(options, "classes", 0, least=0),
         resize=resize_name(ResizeMode.CLEAN, convention.side) + scaled,
+        function=function,
     )
-    return FeatureChoice(identity, kind, location, function=function, convention=convention)
+    return FeatureChoice(identity, kind, location, convention=convention)
 
 
 def _sha256(text: str) -> str:

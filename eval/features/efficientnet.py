@@ -50,8 +50,10 @@ class SameConv(nn.Conv2d):
             side, kernel, stride = x.shape[2 + axis], self.kernel_size[axis], self.stride[axis]
             total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
             pads += [total // 2, total - total // 2]
-        y: Tensor = super().forward(F.pad(x, pads))
-        return y
+        if pads[0] == pads[1] and pads[2] == pads[3]:  # the convolution pads without a copy
+            around = (pads[2], pads[0])
+            return F.conv2d(x, self.weight, self.bias, self.stride, around, self.dilation, self.groups)
+        return super().forward(F.pad(x, pads))
 
 
 class InvertedResidual(nn.Module):
@@ -72,10 +74,10 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C', H / stride, W / stride]."""
-        h: Tensor = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
-        h = F.relu6(self.bn1(self.depthwise_conv(h)))
+        h: Tensor = F.relu6(self.bn0(self.expand_conv(x)), inplace=True) if self.expands else x
+        h = F.relu6(self.bn1(self.depthwise_conv(h)), inplace=True)
         h = self.bn2(self.project_conv(h))
-        return x + h if self.adds_input else h
+        return h.add_(x) if self.adds_input else h
 
 
 class EfficientNetLite0(nn.Module):
@@ -107,10 +109,10 @@ class EfficientNetLite0(nn.Module):
             Pooled features [B, 1280] and class logits [B, 1000], float32.
         """
         normalised = ((x - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
-        h = F.relu6(self.bn0(self.conv_stem(normalised)))
+        h = F.relu6(self.bn0(self.conv_stem(normalised)), inplace=True)
         for block in self.blocks:
             h = block(h)
-        h = F.relu6(self.bn1(self.conv_head(h)))
+        h = F.relu6(self.bn1(self.conv_head(h)), inplace=True)
         features = h.mean(dim=(2, 3))
         return features, self.fc(features)
 

@@ -13,7 +13,6 @@ from data_pipeline.errors import UserError
 from eval.features import efficientnet
 from eval.features.network import Features
 from eval.features.resize import ResizeMode, resize_clean, resize_name
-from eval.precision import full_float32
 from eval.protocol import FeatureIdentity
 
 EFFNETLITE0: Final = FeatureIdentity(
@@ -55,6 +54,6 @@ class EfficientNetFeatures:
     def __call__(self, images: NDArray[np.uint8]) -> Features:
         """Compute features of [b, H, W, C] uint8 pictures."""
         x = resize_clean(images, efficientnet.INPUT_SIZE).to(self._device)
-        with torch.inference_mode(), full_float32():
+        with torch.inference_mode():
             pooled, logits = self._network(x)
             return Features(pooled.cpu(), logits.softmax(dim=1).cpu())

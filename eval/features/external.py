@@ -20,7 +20,6 @@ from data_pipeline.errors import UserError
 from eval.features.network import Features
 from eval.features.resize import resize_clean
 from eval.features.weights import read_weights
-from eval.precision import full_float32
 from eval.protocol import FeatureIdentity
 
 Network = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
@@ -79,10 +78,20 @@ class ExternalFeatures:
         if self._scale is not None:
             mean, std = self._scale
             x = (x / 255 - mean) / std
-        with torch.inference_mode(), full_float32():
-            found = self._network(x)
-        pooled, probabilities = found if isinstance(found, tuple) else (found, None)
-        classes = 0 if probabilities is None else probabilities.shape[-1]
+        name = self._identity.name
+        try:
+            with torch.inference_mode():
+                found = self._network(x)
+            pooled, probabilities = found if isinstance(found, tuple) else (found, None)
+            classes = 0 if probabilities is None else probabilities.shape[-1]
+            finite = bool(pooled.isfinite().all())
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"features: {name} fails on pictures {list(x.shape)} ({_one_line(error)}); it must return "
+                "[b, dim] features, or these and [b, classes] probabilities: mend the network or #…&side="
+            ) from error
+        if not finite:
+            raise UserError(f"features: {name} gives features that are not finite; mend the network")
         wanted = (len(images), self._identity.dim)
         if tuple(pooled.shape) != wanted or classes != self._identity.classes:
             raise UserError(
@@ -128,9 +137,16 @@ def load_python(location: str, function: str, sha256: str, device: torch.device)
         code = compile(source, location, "exec")
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{location}: no Python ({error})") from error
-    exec(code, module.__dict__)
-    make = getattr(module, function, None)
-    if not callable(make):
+    try:
+        exec(code, module.__dict__)
+        make = module.__dict__.get(function)
+        network: Network | None = make(device) if callable(make) else None
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, AttributeError, NameError) as error:
+        raise UserError(f"{location}: makes no network ({_one_line(error)}); mend the file") from error
+    if network is None:
         raise UserError(f"{location}: has no function {function}; write python=FILE.py:FUNCTION")
-    network: Network = make(device)
     return network
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -13,7 +13,6 @@ from eval.features.inception import CLASSES, POOLED, SIDE, TORCHSCRIPT_FILE, cla
 from eval.features.network import Features
 from eval.features.resize import ResizeMode, resize_clean, to_float
 from eval.features.weights import read_weights
-from eval.precision import full_float32
 from eval.protocol import FeatureIdentity
 
 
@@ -60,7 +59,7 @@ class ScriptedInception:
         """Compute features of [b, H, W, C] uint8 pictures."""
         x = resize_clean(images, SIDE) if self._mode is ResizeMode.CLEAN else to_float(images)
         x = x.to(self._device)
-        with torch.inference_mode(), full_float32():
+        with torch.inference_mode():
             pooled = self._pooled(x)
             if self._weight is not None:
                 probabilities = class_probabilities(pooled, self._weight)
@@ -93,7 +92,7 @@ class ScriptedInception:
         picture = torch.stack(
             [ramp.expand(SIDE, SIDE), ramp[:, None].expand(SIDE, SIDE), ramp.flip(0).expand(SIDE, SIDE)]
         )
-        with torch.inference_mode(), full_float32():
+        with torch.inference_mode():
             weight = fitting[0].detach().float()
             expected = self._network(picture[None], no_output_bias=True)
             found = class_probabilities(self._pooled(picture[None]), weight)

@@ -26,7 +26,6 @@ from eval.features.inception import (
 from eval.features.network import Features
 from eval.features.resize import ResizeMode, resize_clean, resize_legacy_pytorch, resize_legacy_tensorflow
 from eval.features.weights import read_weights
-from eval.precision import full_float32
 from eval.protocol import FeatureIdentity
 
 _RESIZE = {
@@ -79,7 +78,7 @@ class StateInception:
         """Compute features of [b, H, W, C] uint8 pictures."""
         x = _RESIZE[self._mode](images, SIDE).to(self._device)
         x = 2 * (x / 255) - 1 if self._mode is ResizeMode.LEGACY_PYTORCH else normalise(x)
-        with torch.inference_mode(), full_float32():
+        with torch.inference_mode():
             pooled = self._network(x.contiguous(memory_format=torch.channels_last))
             probabilities = class_probabilities(pooled, self._weight)
             spatial = self._spatial.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)

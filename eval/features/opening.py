@@ -29,6 +29,6 @@ def open_network(choice: FeatureChoice, device: torch.device) -> FeatureNetwork:
     if choice.kind is NetworkKind.TORCHSCRIPT:
         network = load_torchscript(location, identity.sha256, device)
     else:
-        assert choice.function is not None
-        network = load_python(location, choice.function, identity.sha256, device)
+        assert identity.function is not None
+        network = load_python(location, identity.function, identity.sha256, device)
     return ExternalFeatures(network, identity, choice.convention, device)

@@ -10,7 +10,7 @@
 inside itself in that mode; for the state-dict Inception the same function is here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 
@@ -51,14 +51,20 @@ def resize_clean(images: NDArray[np.uint8], side: int) -> Tensor:
     resize: Callable[[NDArray[np.uint8]], NDArray[np.float32]] = make_resizer(
         "PIL", False, "bicubic", (side, side)
     )
-    threads = min(torch.get_num_threads(), len(images))
-    resized: Iterable[NDArray[np.float32]]
+    rgb = _rgb(images)
+    resized = np.empty((len(rgb), side, side, 3), dtype=np.float32)
+
+    def work(row: int) -> None:
+        resized[row] = resize(rgb[row])
+
+    threads = min(torch.get_num_threads(), len(rgb))
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            resized = list(pool.map(resize, _rgb(images)))
+            list(pool.map(work, range(len(rgb))))
     else:
-        resized = [resize(picture) for picture in _rgb(images)]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+        for row in range(len(rgb)):
+            work(row)
+    return torch.from_numpy(resized).permute(0, 3, 1, 2)
 
 
 def resize_legacy_pytorch(images: NDArray[np.uint8], side: int) -> Tensor:

@@ -54,9 +54,10 @@ class ClassifierScore:
         assert self._added + len(p) <= self._samples, "more pictures than announced"
         # The largest j with floor(j N / splits) <= i.
         part = ((index + 1) * self._splits - 1) // self._samples
-        self._p.index_add_(0, part, p)
-        self._p_log_p.index_add_(0, part, torch.special.xlogy(p, p).sum(dim=1))
-        self._count.index_add_(0, part, torch.ones(len(p), dtype=torch.float64))
+        belongs = (part == torch.arange(self._splits)[:, None]).to(torch.float64)
+        self._p += belongs @ p
+        self._p_log_p += belongs @ torch.special.xlogy(p, p).sum(dim=1)
+        self._count += belongs.sum(dim=1)
         self._added += len(p)
 
     def result(self) -> Score:

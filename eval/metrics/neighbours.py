@@ -13,6 +13,7 @@ way round. Look at the nearest pairs; their row numbers are returned.
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -33,6 +34,20 @@ class Nearest:
 
     index: NDArray[np.int64]
     distance: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class NeighbourOptions:
+    """How memorisation is judged.
+
+    Attributes:
+        quantile: Share of held-out pictures meant to lie below the threshold, in (0, 1).
+    """
+
+    quantile: float = 0.01
+
+
+DEFAULT: Final = NeighbourOptions()
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ def nearest(queries: Features, training: Features) -> Nearest:
 
 
 def memorisation(
-    samples: NDArray[np.float64], held_out: NDArray[np.float64], quantile: float = 0.01
+    samples: NDArray[np.float64], held_out: NDArray[np.float64], options: NeighbourOptions = DEFAULT
 ) -> Memorisation:
     """Compare distances to the nearest training picture.
 
@@ -99,12 +114,12 @@ def memorisation(
     Args:
         samples: [n] `nearest(samples, training).distance`.
         held_out: [m] `nearest(validation, training).distance`, of pictures not trained on.
-        quantile: Share of held-out pictures meant to lie below the threshold, in (0, 1).
+        options: Where the threshold lies.
     """
     n, m = len(samples), len(held_out)
     assert min(n, m) >= 1, (n, m)
-    assert 0 < quantile < 1, quantile
-    k = min(m, max(1, round(quantile * (m + 1))))
+    assert 0 < options.quantile < 1, options
+    k = min(m, max(1, round(options.quantile * (m + 1))))
     threshold = float(np.sort(held_out)[k - 1])
     expected = k / (m + 1)
     variance = expected * (1 - expected) * (m + 1 + n) / (n * (m + 2))

@@ -25,6 +25,7 @@ app.command()(reference)
 app.command()(compare)
 app.command()(selftest)
 
+_ON_ONE_LINE = 2  # metrics of a result; more get a line each
 RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="The run directory: a folder or URL.")]
 Specs = Annotated[
     list[str] | None,
@@ -65,11 +66,14 @@ def watch(
     """
     import logging
 
+    from eval.features import parse_choice
     from eval.service import WatchOptions
     from eval.service import watch as watch_run
 
     logging.getLogger("eval").setLevel(logging.INFO)
     os.nice(nice)
+    if features is not None:
+        parse_choice(features)  # before waiting for the run
     with joined_team(threads) as team:
         options = WatchOptions(
             specs=tuple(spec or ()),
@@ -180,7 +184,8 @@ def _print_result(result: "Result", as_json: bool) -> None:
     for name, metric in result.metrics.items():
         real = result.held_out.get(name)
         cells.append(f"{name} {_shown(metric)}" + (f" (held-out {_shown(real)})" if real else ""))
-    print(f"{result.checkpoint}  {'  '.join(cells)}  {result.seconds:.1f} s", flush=True)
+    between = "  " if len(cells) <= _ON_ONE_LINE else "\n  "
+    print(between.join((result.checkpoint, *cells, f"{result.seconds:.1f} s")), flush=True)
 
 
 def _shown(metric: "Metric") -> str:

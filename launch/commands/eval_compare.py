@@ -57,4 +57,4 @@ def compare(
     for side in (found.a, found.b):
         print(f"  {side.distance:10.4f}  {side.checkpoint} ({side.ema}) of {side.run}")
     print(f"difference {found.difference:+.4f}, 95 % interval [{found.low:+.4f}, {found.high:+.4f}]")
-    print(f"the first is better in {100 * found.probability_a_better:.1f} % of {found.replicates} resamples")
+    print(f"the first is better with probability {found.probability_a_better:.3f}")

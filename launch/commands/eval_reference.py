@@ -56,10 +56,11 @@ def reference(
             print(f"{name:{width}}  {value}")
 
 
-def _file_facts(location: str) -> dict[str, Any]:
+def _file_facts(place: str) -> dict[str, Any]:
     from data_pipeline.documents import sha256_hex
     from eval.imported import StatisticsKind, read_arrays, read_bytes
 
+    location = place.partition("#")[0]
     data = read_bytes(location)
     arrays = read_arrays(data, location)
     sha256 = sha256_hex(data)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_pipeline.errors import ExitCode
+from data_pipeline.errors import ExitCode, UserError
 from launch.commands.eval_team import AsJson, Threads, joined_team
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def selftest(
     from eval.selftest import selftest as run_selftest
     from eval.team import Stopped
 
+    if cifar10 is not None and features is None:
+        raise UserError("--cifar10: its score is of the original Inception; add --features inception=FILE")
     choice = parse_choice(features, ResizeMode.LEGACY_TENSORFLOW) if features else None
     with joined_team(threads) as team:
         quiet = as_json or not team.is_main

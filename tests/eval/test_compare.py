@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,34 @@ from trainer.run import Run
 FIRST, SECOND = "0000000064-000001", "0000000128-000001"
 
 
-def test_a_checkpoint_equals_itself(run: Run, small_network_option: str, team: Team) -> None:
-    side = Contender(run, FIRST)
-    found = compare(side, side, None, small_network_option, team)
+def test_a_side_of_its_own_is_refused(run: Run, small_network_option: str, team: Team) -> None:
+    """Nor are the names of the second side looked at only after the first one was drawn."""
+    for other, message in (
+        (Contender(run), "both sides are .* with weights main; name OTHER"),
+        (Contender(run, "0000009999-000001"), "no checkpoint 0000009999-000001"),
+        (Contender(run, None, "narrow"), "narrow"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(Contender(run), other, None, small_network_option, team)
+    assert not run.pins()
+
+
+def test_other_data_are_refused(
+    run: Run, tmp_path: Path, data_url: str, small_network_option: str, team: Team
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(data_url, changed)
+    index = changed / "index.json"
+    index.write_bytes(index.read_bytes() + b"\n")
+    other = start_run(tmp_path / "other", str(changed), images=(64,))
+    with pytest.raises(UserError, match="differs from the other run's in reference, held_out; "):
+        compare(Contender(run), Contender(other), None, small_network_option, team)
+
+
+def test_equal_weights_under_two_names(run: Run, small_network_option: str, team: Team) -> None:
+    found = compare(Contender(run, FIRST), Contender(run, FIRST, "raw"), None, small_network_option, team)
     assert (found.difference, found.low, found.high) == (0.0, 0.0, 0.0)
-    assert found.a == found.b
+    assert found.a.distance == found.b.distance
     assert found.samples == 8
 
 

@@ -143,6 +143,20 @@ def test_changed_data_are_refused(prepared: Prepared, tmp_path: Path, data_url: 
         prepare(prepared.book, str(changed), prepared.network, team, ReferenceCache())
 
 
+def test_protocol_written_before_fields_were_added(prepared: Prepared, data_url: str, team: Team) -> None:
+    """Its folder has the same name, though the file's bytes differ; another protocol's file is refused."""
+    path = Path(prepared.book.url, "protocol.json")
+    content = json.loads(path.read_bytes())
+    for field in ("metrics", "constants", "bits", "reference_file"):
+        assert content.pop(field) is None
+    del content["features"]["spatial"], content["features"]["function"]
+    path.write_text(json.dumps(content))
+    prepare(prepared.book, data_url, prepared.network, team, ReferenceCache())
+    path.write_text(json.dumps(content | {"seed": 5}))
+    with pytest.raises(UserError, match="is not its folder's protocol"):
+        prepare(prepared.book, data_url, prepared.network, team, ReferenceCache())
+
+
 def test_damaged_reference_is_refused(prepared: Prepared, data_url: str, team: Team) -> None:
     path = Path(prepared.book.url, REFERENCE_FILE)
     path.write_bytes(path.read_bytes()[:1000])

@@ -86,6 +86,9 @@ def test_bad_files(tmp_path: Path) -> None:
     Path(path).unlink()
     with pytest.raises(UserError, match="cannot read statistics"):
         load_statistics(choice, FEATURES)
+    Path(path).write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match=r"no \.npz file of statistics"):
+        load_statistics(parse_reference_file(named(path, "clean-fid"), "clean"), FEATURES)
     for arrays, message in (
         ({"mu": np.zeros(3)}, "has no arrays mu and sigma"),
         ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"expected \[d\] and \[d, d\]"),
@@ -127,5 +130,8 @@ def test_metrics_that_need_pictures_refuse_a_file(tmp_path: Path, data_url: str)
     recipe = tiny_recipe(
         [f"evaluation.quick.reference_file='{path}'", "evaluation.quick.metrics=[distance,kernel]"]
     )
+    index = load_index(data_url).sha256
     with pytest.raises(UserError, match="kernel need the reference pictures themselves"):
-        make_plan(recipe, "quick", load_index(data_url).sha256)
+        make_plan(recipe, "quick", index, "inception=anywhere.pt")
+    with pytest.raises(UserError, match="effnetlite0 is another network"):
+        make_plan(recipe, "quick", index)

@@ -23,6 +23,7 @@ NAMES = [
     "FD-{}-val",
     "CS-{}",
     "KID-{}",
+    "KID-subsets-{}",
     "precision-{}",
     "recall-{}",
     "density-{}",
@@ -61,7 +62,7 @@ def test_every_metric_of_one_stream(
     assert list(metrics) == [name.format(label) for name in NAMES]
     assert all(np.isfinite(metric.value) for metric in metrics.values())
     _check_consistency(metrics, label)
-    fewer = set(NAMES[:10]) - {"FD-{}-infinity", "FD-{}-val"}  # 14 held-out pictures
+    fewer = set(NAMES[:11]) - {"FD-{}-infinity", "FD-{}-val"}  # 14 held-out pictures
     assert set(found[0].held_out) == {name.format(label) for name in fewer}
     held_out = book.held_out()
     assert held_out is not None

@@ -6,7 +6,7 @@ from scipy.stats import betabinom, mannwhitneyu, norm
 from sklearn.datasets import load_digits
 from sklearn.neighbors import NearestNeighbors
 
-from eval.metrics.neighbours import memorisation, nearest
+from eval.metrics.neighbours import NeighbourOptions, memorisation, nearest
 
 FEW_DISTANCES = st.lists(st.integers(0, 6), min_size=3, max_size=30)
 
@@ -35,7 +35,8 @@ def test_a_copy_has_distance_zero_far_from_the_origin() -> None:
 def test_expected_share_and_its_error_are_those_of_equal_distributions() -> None:
     # n samples, m held-out: the count below the k-th smallest of m is beta-binomial (n, k, m + 1 - k).
     rng = np.random.default_rng(0)
-    found = [memorisation(rng.random(80), rng.random(150), quantile=0.05) for _ in range(1500)]
+    options = NeighbourOptions(quantile=0.05)
+    found = [memorisation(rng.random(80), rng.random(150), options) for _ in range(1500)]
     exact = betabinom(80, 8, 143)
     assert found[0].expected == pytest.approx(exact.mean() / 80)
     assert found[0].standard_error == pytest.approx(exact.std() / 80)

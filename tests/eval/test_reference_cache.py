@@ -60,6 +60,24 @@ def test_another_question_is_computed(
         assert len(list((tmp_path / "cache").iterdir())) == count
 
 
+def test_more_than_asked_for_serves_too(cache: ReferenceCache, data_url: str, team: Team) -> None:
+    more = real_statistics(team, Counting(), RealJob(data_url, "train", spatial=True, store=True), cache)
+    network = Counting()
+    less = real_statistics(team, network, RealJob(data_url, "train"), cache)
+    assert not network.calls
+    assert torch.equal(less.moments.scatter, more.moments.scatter)
+    assert less.features is None
+
+
+def test_place_that_cannot_be_written_costs_no_result(
+    data_url: str, team: Team, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    cache = ReferenceCache(str(tmp_path / "file" / "cache"))
+    assert real_statistics(team, Counting(), RealJob(data_url, "train"), cache).moments.count > 20
+    assert "set DDPM_REFERENCES" in caplog.text
+
+
 def test_damage_is_found(cache: ReferenceCache, data_url: str, team: Team, tmp_path: Path) -> None:
     wanted = RealJob(data_url, "train", store=True)
     real_statistics(team, Counting(), wanted, cache)
@@ -67,6 +85,9 @@ def test_damage_is_found(cache: ReferenceCache, data_url: str, team: Team, tmp_p
     features = next((tmp_path / "cache").glob("*/*-features.f32"))
     good = features.read_bytes()
     features.write_bytes(good[:-4])
+    with pytest.raises(UserError, match=r"features\.f32: damaged; delete its folder"):
+        real_statistics(team, Counting(), wanted, cache)
+    features.unlink()
     with pytest.raises(UserError, match=r"features\.f32: damaged; delete its folder"):
         real_statistics(team, Counting(), wanted, cache)
     features.write_bytes(good)
