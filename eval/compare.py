@@ -138,26 +138,22 @@ def compare(
     ]
     plan = plans[0]
     _check_equal(plan.protocol, plans[1].protocol, b.run)
-    with ExitStack() as claims:
-        sides = [
-            _take(contender, own.protocol.ema, team, claims)
-            for contender, own in zip((a, b), plans, strict=True)
-        ]
-        if sides[0].identity == sides[1].identity:
-            raise UserError(
-                f"{a.run.url}: both sides are {sides[0].name} with weights {sides[0].ema}; "
-                "name OTHER, --other-run or --other-ema"
-            )
-        network = team.together(lambda: open_network(plan.features, team.device))
-        # Its samples' features are kept; nothing is published under this protocol.
-        protocol = plan.protocol.model_copy(update={"metrics": (MetricName.DISTANCE, MetricName.INTERVAL)})
-        reference = take_reference(
-            protocol, recipes[0].data.url, network, team, ReferenceCache(), plan.reference_file
+    # Both before anything is drawn: a mistake shows at once, and retention may do as it likes afterwards.
+    sides = [_take(contender, own.protocol.ema, team) for contender, own in zip((a, b), plans, strict=True)]
+    if sides[0].identity == sides[1].identity:
+        raise UserError(
+            f"{a.run.url}: both sides are {sides[0].name} with weights {sides[0].ema}; "
+            "name OTHER, --other-run or --other-ema"
         )
-        drawn = [
-            draw_statistics(side.loaded, protocol, network, team, f"draw {side.name} ({side.ema})").features
-            for side in sides
-        ]
+    network = team.together(lambda: open_network(plan.features, team.device))
+    # Its samples' features are kept; nothing is published under this protocol.
+    protocol = plan.protocol.model_copy(update={"metrics": (MetricName.DISTANCE, MetricName.INTERVAL)})
+    data_url = recipes[0].data.url
+    reference = take_reference(protocol, data_url, network, team, ReferenceCache(), plan.reference_file)
+    drawn = [
+        draw_statistics(side.loaded, protocol, network, team, f"draw {side.name} ({side.ema})").features
+        for side in sides
+    ]
     return team.on_main(lambda: _compared(plan.protocol, sides, drawn, reference.moments, options))
 
 
@@ -181,14 +177,19 @@ def _index_of(recipe: Recipe) -> str:
     return load_index(recipe.data.url).sha256
 
 
-def _take(contender: Contender, ema: str, team: Team, claims: ExitStack) -> _Side:
-    """Choose, pin and load a contender's checkpoint; the main process gives the pin back with the claims."""
+def _take(contender: Contender, ema: str, team: Team) -> _Side:
+    """Choose and load a contender's checkpoint, pinned meanwhile."""
     run, ema = contender.run, contender.ema or ema
     name = team.on_main(lambda: run.select(contender.checkpoint))
-    pin = run.pin(name, f"{socket.gethostname()}-{os.getpid()}")
-    team.on_main(lambda: claims.enter_context(pin) and None)
-    loaded = team.together(lambda: load_for_inference(run, name, ema=ema, device=team.device))
-    return _Side(run.url, name, team.on_main(lambda: run.manifest_sha256(name)), ema, loaded)
+    with ExitStack() as claim:
+
+        def protect() -> None:
+            claim.enter_context(run.pin(name, f"{socket.gethostname()}-{os.getpid()}"))
+
+        team.on_main(protect)
+        loaded = team.together(lambda: load_for_inference(run, name, ema=ema, device=team.device))
+        manifest_sha256 = team.on_main(lambda: run.manifest_sha256(name))
+    return _Side(run.url, name, manifest_sha256, ema, loaded)
 
 
 def _compared(

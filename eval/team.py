@@ -23,6 +23,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from data_pipeline.errors import StorageFault, UserError
+from eval.memory import keep_freed_memory
 from eval.precision import forbid_tf32
 from trainer.run import CheckpointGoneError
 
@@ -58,6 +59,8 @@ class Team:
             mixed_precision="no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
+        if self.device.type == "cpu":
+            keep_freed_memory()
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         joined = self._accelerator.distributed_type != DistributedType.NO
         if self.size != expected or (expected > 1 and not joined):

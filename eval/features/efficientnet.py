@@ -108,7 +108,9 @@ class EfficientNetLite0(nn.Module):
         Returns:
             Pooled features [B, 1280] and class logits [B, 1000], float32.
         """
-        normalised = ((x - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
+        # One new tensor only: fresh memory for large ones costs as much as the arithmetic.
+        normalised = torch.empty_like(x, memory_format=torch.channels_last)
+        torch.sub(x, 127.0, out=normalised).div_(128.0)
         h = F.relu6(self.bn0(self.conv_stem(normalised)), inplace=True)
         for block in self.blocks:
             h = block(h)
