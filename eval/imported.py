@@ -158,9 +158,7 @@ def read_arrays(data: bytes, where: str) -> dict[str, NDArray[np.float64]]:
             names = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in archive.files]
             arrays = {name: np.asarray(archive[name], dtype=np.float64) for name in names}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{where}: no .npz file of statistics ({error}); it needs arrays mu and sigma"
-        ) from error
+        raise UserError(f"{where}: no .npz file of statistics; it needs arrays mu and sigma") from error
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if mean == "mu_s" and mean not in arrays and covariance not in arrays:
             continue
