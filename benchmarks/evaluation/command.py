@@ -3,7 +3,8 @@
 The network is the embedded EfficientNet-Lite0, the resize clean-fid's own to 224 x 224; the pictures are
 32 x 32, in memory and as PNG files. The parts: `features` (pictures to features and moments), `frechet` (the
 distance of 2048 features), `memory` (resident memory at few and many pictures), `overlap` (sampling with
-features beside it). Everyone takes turns in one process; nothing is timed before the answers were compared.
+features beside it). Everyone takes turns, in `features` each in a process of its own; nothing is timed before
+the answers were compared.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def run(options: Options) -> EvaluationResult:
         threadpool_limits(options.threads),
         warnings.catch_warnings(),
     ):
-        # Of the peers: worker processes beyond the processors, roots of rank-deficient products.
+        # Of the peers' functions.
         warnings.simplefilter("ignore")
         result = _measure(options, Path(made), missing)
     finish(result, options.json)
@@ -133,7 +134,8 @@ def run(options: Options) -> EvaluationResult:
 def _measure(options: Options, place: Path, missing: list[str]) -> EvaluationResult:
     found, extraction, between, together = list[Memory](), Extraction(), Distances(), Overlap()
     if "features" in options.parts:
-        extraction = measure_extraction(place, options.pictures, options.repeats, small=options.small)
+        pictures, repeats, threads = options.pictures, options.repeats, options.threads
+        extraction = measure_extraction(place, pictures, repeats, threads, small=options.small)
     if "frechet" in options.parts:
         between = measure_distances(_SMALL_DIM if options.small else distances.DIM, options.repeats)
     if "memory" in options.parts:

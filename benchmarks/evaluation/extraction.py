@@ -1,4 +1,4 @@
-"""Pictures to features and moments: ours and the peers', compared first, then in turns."""
+"""Pictures to features and moments: ours and the peers', compared first, then timed in turns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,12 +8,13 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.evaluation.clock import NetworkClock
-from benchmarks.evaluation.contenders import PEERS, Contender, candidates, our_distance, ours
+from benchmarks.evaluation.contenders import OUR_CONFIGURATION, PEERS, Features, our_distance
+from benchmarks.evaluation.job import Call, Configuration, FeatureJob
 from benchmarks.evaluation.pictures import PictureSet
-from benchmarks.harness import OURS, SAMPLES_HEADER, Load, Record, Samples, take_turns, timed, tree_seconds
+from benchmarks.harness import OURS, SAMPLES_HEADER, Load, Record, Samples, take_turns, tree_seconds
 from benchmarks.peers.clean_fid import CLEAN_FID
 from benchmarks.peers.torch_fidelity import TORCH_FIDELITY
+from benchmarks.process import AnsweringCrew, AnsweringProcess
 from benchmarks.report import Bar, missing_bar, ratio_bar, table
 
 TARGETS: Final = {CLEAN_FID.name: 1.05, TORCH_FIDELITY.name: 1.0}
@@ -97,7 +98,7 @@ class FeatureTimes(Samples):
         name: Who, and how it runs.
         pictures: Of one call.
         network: Wall seconds inside the network in each call.
-        resize: The same for the resize, as far as this process does it.
+        resize: The same for the resize, as far as its first process does it.
         in_process: Whether it does all of it.
     """
 
@@ -166,34 +167,43 @@ def _rest_over(theirs: FeatureTimes, ours: FeatureTimes) -> str:
     )
 
 
-def measure_extraction(place: Path, pictures: int, repeats: int, *, small: bool) -> Extraction:
+def measure_extraction(place: Path, pictures: int, repeats: int, threads: int, *, small: bool) -> Extraction:
     """Try the peers' configurations, compare their answers with ours, and time the fastest.
 
+    Everyone has a process, which waits while others have their turn.
+
     Args:
-        place: Folder for the pictures' files.
+        place: Folder for the pictures' files and the processes' logs.
         pictures: Of one timed call.
         repeats: Timed calls of each.
+        threads: Of everyone's arithmetic.
         small: Take a small network and fewer configurations, to try the benchmark out.
 
     Raises:
         ValueError: A peer's answer differs from ours; then nothing is timed.
     """
     found = Extraction(missing=[peer.name for peer in PEERS if peer.version is None])
-    tried = min(pictures, _TRIED)
-    with NetworkClock(small=small) as clock:
-        us = ours(clock)
-        peers = candidates(clock, [peer for peer in PEERS if peer.version is not None], few=small)
-        tries = 1 if small else _TRIALS
-        chosen = _best(peers, PictureSet.write(place / "tried", tried), tries, found.trials)
-        checked = min(pictures, _CHECKED)
-        first = PictureSet.write(place / "first", checked)
-        second = PictureSet.write(place / "second", checked, skip=checked)
-        found.agreements = check(us, chosen, first, second)
+    start = partial(_process, place, threads=threads, small=small)
+    PictureSet.write(place / "tried", min(pictures, _TRIED))
+    chosen = [OUR_CONFIGURATION]
+    for peer in PEERS:
+        if peer.version is not None:
+            with start(peer.name, peer.name) as process:
+                chosen += _best(process, place / "tried", 1 if small else _TRIALS, found.trials)
+    checked = min(pictures, _CHECKED)
+    pair = [place / "first", place / "second"]
+    for number, folder in enumerate(pair):
+        PictureSet.write(folder, checked, skip=number * checked)
+    PictureSet.write(place / "timed", pictures)
+    with AnsweringCrew([start(each.contender, each.name) for each in chosen]) as crew:
+        turns = [
+            _Turns(process, each, pictures, place / "timed")
+            for process, each in zip(crew.processes, chosen, strict=True)
+        ]
+        ours, *others = [each.answer(pair, place / "features.npy") for each in turns]
+        found.agreements = check(ours, others)
         for agreement in found.agreements:
             print(agreement.line())
-        timed_set = PictureSet.write(place / "timed", pictures)
-        everyone = [us, *chosen]
-        turns = [_Turns(contender, timed_set, clock) for contender in everyone]
         samples, load = take_turns([each.take for each in turns], repeats, own=tree_seconds)
     found.times = [each.times(own) for each, own in zip(turns, samples, strict=True)]
     found.loads.append(load)
@@ -201,54 +211,69 @@ def measure_extraction(place: Path, pictures: int, repeats: int, *, small: bool)
     return found
 
 
-def _best(
-    peers: Sequence[Contender], pictures: PictureSet, tries: int, trials: list[Trial]
-) -> list[Contender]:
-    """Return each peer's fastest configuration without worker processes, and its fastest one with some.
+def _process(place: Path, contender: str, name: str, *, threads: int, small: bool) -> AnsweringProcess:
+    """A process to be entered: its allocator, threads and caches are nobody else's."""
+    job = FeatureJob(contender=contender, threads=threads, small=small)
+    return AnsweringProcess(
+        "benchmarks.evaluation.worker",
+        name,
+        job.model_dump_json(),
+        {"CUDA_VISIBLE_DEVICES": ""},
+        place / f"{name}.log",
+    )
+
+
+def _call(process: AnsweringProcess, configuration: Configuration, folder: Path) -> Call:
+    return Call.model_validate(process.ask("call", name=configuration.name, folder=str(folder)))
+
+
+def _best(process: AnsweringProcess, folder: Path, tries: int, trials: list[Trial]) -> list[Configuration]:
+    """Return a peer's fastest configuration without worker processes, and its fastest one with some.
 
     Both, because few pictures would decide against the workers, who have to be started first.
     """
-    seconds: dict[str, float] = {}
-    for contender in peers:
-        run = partial(contender.moments, pictures)
-        wall = min(timed(run)[0] for _ in range(tries))
-        seconds[contender.name] = wall
-        trials.append(Trial(contender=contender.name, wall=wall))
-        print(f"tried {contender.name}: {len(pictures.images) / wall:.1f} img/s")
-    found: list[Contender] = []
-    for peer in PEERS:
-        for workers in (False, True):
-            of_kind = [each for each in peers if each.peer is peer and each.workers is workers]
-            if of_kind:
-                found.append(min(of_kind, key=lambda contender: seconds[contender.name]))
-    return found
+    tried: dict[bool, list[tuple[float, Configuration]]] = {False: [], True: []}
+    for each in map(Configuration.model_validate, process.ask("configurations")):
+        wall = min(_call(process, each, folder).wall for _ in range(tries))
+        tried[each.workers].append((wall, each))
+        trials.append(Trial(contender=each.name, wall=wall))
+        print(f"tried {each.name}: {wall:.3f} s")
+    return [min(of_kind, key=lambda pair: pair[0])[1] for of_kind in tried.values() if of_kind]
 
 
-def check(
-    us: Contender, others: Sequence[Contender], first: PictureSet, second: PictureSet
-) -> list[Agreement]:
+@dataclass(frozen=True)
+class Answer:
+    """What somebody made of two sets of pictures.
+
+    Attributes:
+        configuration: Who, and how it runs.
+        features: [2, N, d], both sets'.
+        distance: Theirs, asked for as one asks for it.
+    """
+
+    configuration: Configuration
+    features: Features
+    distance: float
+
+
+def check(ours: Answer, others: Sequence[Answer]) -> list[Agreement]:
     """Compare features and distances with ours.
 
     Raises:
         ValueError: They differ by more than rounding explains.
     """
-    ours_found = [us.features(pictures) for pictures in (first, second)]
-    ours_distance = us.distance(first, second)
     agreements = []
-    for contender in others:
-        assert contender.peer is not None, "ours is not compared with itself"
-        theirs = [contender.features(pictures) for pictures in (first, second)]
-        pairs = [(a.features, b.features) for a, b in zip(theirs, ours_found, strict=True)]
-        difference = max(float(np.abs(a - b).max()) for a, b in pairs if a is not None and b is not None)
+    for theirs in others:
+        peer = next(each for each in PEERS if each.name == theirs.configuration.contender)
         agreement = Agreement(
-            contender=contender.name,
-            version=contender.peer.version or "not installed",
-            source=contender.peer.source,
-            features=difference,
-            scale=max(float(np.abs(b).max()) for _, b in pairs if b is not None),
-            distance=contender.distance(first, second),
-            ours=ours_distance,
-            same_features=abs(our_distance(*theirs) / ours_distance - 1),
+            contender=theirs.configuration.name,
+            version=peer.version or "not installed",
+            source=peer.source,
+            features=float(np.abs(theirs.features - ours.features).max()),
+            scale=float(np.abs(ours.features).max()),
+            distance=theirs.distance,
+            ours=ours.distance,
+            same_features=abs(our_distance(*theirs.features) / ours.distance - 1),
         )
         same = agreement.features <= FEATURES_ATOL and agreement.same_features <= SAME_FEATURES_RTOL
         if not (same and agreement.relative <= DISTANCE_RTOL):
@@ -258,29 +283,34 @@ def check(
 
 
 class _Turns:
-    """One contender's turns, with the clock beside them."""
+    """One contender's turns in its process."""
 
-    def __init__(self, contender: Contender, pictures: PictureSet, clock: NetworkClock) -> None:
-        self._contender, self._pictures, self._clock = contender, pictures, clock
-        self._network: list[float] = []
-        self._resize: list[float] = []
+    def __init__(
+        self, process: AnsweringProcess, configuration: Configuration, pictures: int, folder: Path
+    ) -> None:
+        self._process, self._configuration = process, configuration
+        self._pictures, self._folder = pictures, folder
+        self._calls: list[Call] = []
+
+    def answer(self, folders: Sequence[Path], out: Path) -> Answer:
+        """Let it make features of two sets of pictures, by way of a file, and their distance."""
+        asked = {"folders": [str(folder) for folder in folders], "out": str(out)}
+        distance = self._process.ask("answer", name=self._configuration.name, **asked)
+        return Answer(self._configuration, np.load(out), distance)
 
     def take(self) -> tuple[float, float]:
-        """Make one call; return its wall and processor seconds, those of worker processes included."""
-        self._clock.restart()
-        seconds = timed(partial(self._contender.moments, self._pictures), tree_seconds)
-        self._network.append(self._clock.on_network.seconds)
-        self._resize.append(self._clock.on_resize.seconds)
-        return seconds
+        """Let it make one call; return its wall and processor seconds, those of worker processes included."""
+        self._calls.append(_call(self._process, self._configuration, self._folder))
+        return self._calls[-1].wall, self._calls[-1].cpu
 
     def times(self, samples: Samples) -> FeatureTimes:
         """Return the samples with what the clock showed."""
         return FeatureTimes(
             wall=samples.wall,
             cpu=samples.cpu,
-            name=self._contender.name,
-            pictures=len(self._pictures.images),
-            network=self._network,
-            resize=self._resize,
-            in_process=self._contender.in_process,
+            name=self._configuration.name,
+            pictures=self._pictures,
+            network=[call.network for call in self._calls],
+            resize=[call.resize for call in self._calls],
+            in_process=self._configuration.in_process,
         )

@@ -42,6 +42,11 @@ class PictureSet:
             Image.fromarray(image).save(folder / f"{number:06d}.png")
         return cls(images, folder)
 
+    @classmethod
+    def read(cls, folder: Path) -> "PictureSet":
+        """Read what `write` wrote."""
+        return cls(np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]), folder)
+
     def chunks(self, chunk: int) -> "ArraySource":
         """The pictures as our evaluation takes them."""
         return ArraySource(self.images, chunk)

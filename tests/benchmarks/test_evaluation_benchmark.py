@@ -11,9 +11,10 @@ import torch
 from benchmarks.evaluation import distances
 from benchmarks.evaluation.clock import NetworkClock
 from benchmarks.evaluation.command import PARTS, EvaluationResult, main, read
-from benchmarks.evaluation.contenders import Contender, Found, candidates, ours
+from benchmarks.evaluation.contenders import OUR_CONFIGURATION, contenders, our_distance
 from benchmarks.evaluation.distances import Distances, DistanceTimes
-from benchmarks.evaluation.extraction import Extraction, FeatureTimes, check
+from benchmarks.evaluation.extraction import Answer, Extraction, FeatureTimes, check
+from benchmarks.evaluation.job import Configuration
 from benchmarks.evaluation.memory import Memory, memory_bars
 from benchmarks.evaluation.overlap import OVERRIDES, Overlap, OverlapTimes, check_same
 from benchmarks.evaluation.pictures import SIZE, PictureSet
@@ -33,7 +34,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.slow  # half a minute
+@pytest.mark.slow  # a minute
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "evaluation.json"
     where = ["--folder", str(tmp_path), "--json", str(file)]
@@ -94,16 +95,16 @@ def test_all_have_the_same_network_and_it_is_on_the_clock(tmp_path: Path) -> Non
     pictures = PictureSet.write(tmp_path / "pictures", 2)
     assert pictures.images.shape == (2, SIZE, SIZE, 3)
     with NetworkClock() as clock:
-        everyone = [ours(clock), *candidates(clock, [CLEAN_FID, TORCH_FIDELITY], few=True)]
+        names = (OURS, CLEAN_FID.name, TORCH_FIDELITY.name)
         found = {}
-        for contender in everyone:
+        for contender in [each for name in names for each in contenders(clock, name, few=True)]:
             clock.restart()
-            found[contender.name] = contender.features(pictures).features
-            assert clock.on_network.seconds > 0, f"{contender.name}: the network"
-            assert clock.on_resize.seconds > 0 or not contender.in_process, f"{contender.name}: the resize"
+            how = contender.configuration
+            found[how.name] = contender.features(pictures)
+            assert clock.on_network.seconds > 0, f"{how.name}: the network"
+            assert clock.on_resize.seconds > 0 or not how.in_process, f"{how.name}: the resize"
     assert len(found) == 5
     for name, features in found.items():
-        assert features is not None
         assert features.shape == (2, 1280)
         np.testing.assert_allclose(features, found[OURS], atol=1e-4, err_msg=name)
     clock.restart()
@@ -111,21 +112,28 @@ def test_all_have_the_same_network_and_it_is_on_the_clock(tmp_path: Path) -> Non
     assert clock.on_network.seconds == clock.on_resize.seconds == 0, "afterwards all is as it was"
 
 
-def test_another_answer_is_refused(tmp_path: Path) -> None:
-    first, second = (PictureSet.write(tmp_path / str(skip), 8, skip=skip) for skip in (0, 8))
+def test_only_our_process_is_set_up_as_our_evaluation_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    teams: list[str] = []  # a team sets the allocator of its process
+    monkeypatch.setattr("benchmarks.evaluation.contenders.Team", lambda: teams.append("ours"))
+    with NetworkClock(small=True) as clock:
+        assert contenders(clock, CLEAN_FID.name, few=False)
+        assert contenders(clock, TORCH_FIDELITY.name, few=False)
+        assert teams == []
+        contenders(clock, OURS, few=False)
+    assert teams == ["ours"]
 
-    def contender(peer: LibraryPeer | None, brighter: int, factor: float) -> Contender:
-        def features(pictures: PictureSet) -> Found:
-            pixels = pictures.images[:, :2, :2, 0].reshape(8, 4).astype(np.float32) + brighter
-            return Found(pixels, pixels.mean(axis=0), np.cov(pixels, rowvar=False))
 
-        return Contender("somebody", peer, False, True, features, features, lambda a, b: factor * 7.0)
-
-    us = contender(None, 0, 1.0)
-    with pytest.raises(ValueError, match="nothing was timed"):
-        check(us, [contender(CLEAN_FID, 1, 1.0)], first, second)
-    with pytest.raises(ValueError, match="nothing was timed"):
-        check(us, [contender(CLEAN_FID, 0, 1.001)], first, second)
+def test_another_answer_is_refused() -> None:
+    features = np.random.default_rng(0).random((2, 8, 4), dtype=np.float32)
+    distance = our_distance(*features)
+    ours = Answer(OUR_CONFIGURATION, features, distance)
+    somebody = Configuration(contender="clean-fid", name="clean-fid, somehow", workers=False, in_process=True)
+    agreed = Answer(somebody, features + np.float32(1e-5), distance * (1 + 1e-6))
+    assert [each.contender for each in check(ours, [agreed])] == ["clean-fid, somehow"]
+    brighter = features + np.float32([[[0.0]], [[1e-3]]])
+    for other in (replace(agreed, features=brighter), replace(agreed, distance=1.001 * distance)):
+        with pytest.raises(ValueError, match="nothing was timed"):
+            check(ours, [other])
 
 
 def test_another_distance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
