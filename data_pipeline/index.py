@@ -147,6 +147,14 @@ class LoadedIndex:
             known = ", ".join(self.index.splits)
             raise UserError(f"{self.storage.url}: no split {split!r}; it has {known}") from None
 
+    def samples(self, split: str) -> int:
+        """Return how many pictures a split holds.
+
+        Raises:
+            UserError: No such split.
+        """
+        return sum(entry.samples for entry in self.shards(split))
+
 
 def load_index(url: str | Storage) -> LoadedIndex:
     """Read the index of a data set.

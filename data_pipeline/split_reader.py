@@ -80,7 +80,7 @@ def index_order(
 ) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Iterate (shards int64 [b], members int64 [b]) over a split in the order of the index."""
     assert batch >= 1
-    available = sum(entry.samples for entry in loaded.shards(split))
+    available = loaded.samples(split)
     total = available if limit is None else min(limit, available)
     for first in range(0, total, batch):
         yield _located(loaded, split, np.arange(first, min(first + batch, total), dtype=np.int64))

@@ -122,8 +122,13 @@ def _reference(
         if file is not None
         else {"index": protocol.reference.index_sha256, "split": protocol.reference.split}
     )
-    data = dump_moments(reference.moments, reference.spatial, {**facts, "features": protocol.features.sha256})
-    team.on_main(lambda: book.storage.create(REFERENCE_FILE, data))
+    facts["features"] = protocol.features.sha256
+
+    def publish() -> None:
+        if not stored:
+            book.storage.create(REFERENCE_FILE, dump_moments(reference.moments, reference.spatial, facts))
+
+    team.on_main(publish)
     return reference
 
 

@@ -156,16 +156,13 @@ def bits_of_split(
         return chunk_bits(loaded, number, images, job, team.device, team.check_stop)
 
     sums = _Sums(loaded.diffusion.num_timesteps if job.draws is None else 0)
-    for base in range(0, -(-total // job.chunk), team.size):
+    for base in plan.rounds(team.size):
         own = team.together(lambda base=base: work(base + team.rank))  # type: ignore[misc]
         per_image = team.gather(own.per_image)
         by_timestep = team.gather(own.by_timestep) if len(own.by_timestep) else own.by_timestep
-        for member in range(team.size):
-            start = member * job.chunk
-            rows = slice(start, start + plan.size_of(base + member))
-            if rows.stop > rows.start:
-                steps = slice(member * sums.timesteps, (member + 1) * sums.timesteps)
-                sums.add(per_image[rows], by_timestep[steps])
+        for member, rows in plan.members(base, team.size):
+            steps = slice(member * sums.timesteps, (member + 1) * sums.timesteps)
+            sums.add(per_image[rows], by_timestep[steps])
         progress(min((base + team.size) * job.chunk, total))
     return sums.result(loaded.manifest.name, index, job)
 
@@ -269,7 +266,7 @@ def _uniforms(seed: int, ids: Tensor, draws: int, numel: int) -> Tensor:
 def _pictures(job: BitsJob) -> tuple[LoadedIndex, int]:
     """Read the index and count the pictures to use."""
     index = load_index(job.url)
-    total = sum(entry.samples for entry in index.shards(job.split))
+    total = index.samples(job.split)
     total = total if job.images is None else min(total, job.images)
     if total < 2:
         raise UserError(

@@ -4,8 +4,6 @@ Sample i of both is drawn from the same noise, so both move together from one ch
 their difference varies less than either distance. The interval resamples the pairs.
 """
 
-import os
-import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from data_pipeline.index import load_index
 from eval.baseline import take_reference
 from eval.evaluate import draw_statistics
 from eval.features import open_network
+from eval.measure import INTERVAL
 from eval.metrics.bootstrap import BootstrapOptions, paired_difference
 from eval.moments import Moments
 from eval.plan import make_plan
@@ -29,14 +28,11 @@ from eval.spill import Float32Array
 from eval.team import Team
 from trainer.recipe import Recipe
 from trainer.recipe_evaluation import MetricName
-from trainer.run import Run
+from trainer.run import Run, worker_name
 from trainer.weights import Loaded, load_for_inference
 
 _MAY_DIFFER: Final = {"ema", "ema_profile"}
 """What two runs' protocols of one name may differ in: whose weights are compared is the question itself."""
-
-
-DEFAULT_OPTIONS: Final = BootstrapOptions()
 
 
 class Side(BaseModel):
@@ -114,7 +110,7 @@ def compare(
     spec: str | None,
     features: str | None,
     team: Team,
-    options: BootstrapOptions = DEFAULT_OPTIONS,
+    options: BootstrapOptions = INTERVAL,
 ) -> Comparison:
     """Draw both checkpoints' samples from the same noise and compare their distances.
 
@@ -184,7 +180,7 @@ def _take(contender: Contender, ema: str, team: Team) -> _Side:
     with ExitStack() as claim:
 
         def protect() -> None:
-            claim.enter_context(run.pin(name, f"{socket.gethostname()}-{os.getpid()}"))
+            claim.enter_context(run.pin(name, worker_name()))
 
         team.on_main(protect)
         loaded = team.together(lambda: load_for_inference(run, name, ema=ema, device=team.device))

@@ -1,7 +1,5 @@
 """Pictures for people: draw from a checkpoint into a local folder, with a note of how they were made."""
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
@@ -11,12 +9,13 @@ import torch
 from data_pipeline.documents import Document
 from data_pipeline.errors import UserError
 from data_pipeline.progress import Progress
+from eval.pictures_folder import PicturesFolder
 from eval.precision import forbid_tf32
-from eval.report.grid import sample_grid, to_pil
+from eval.report.grid import sample_grid
 from eval.sampling import SamplerSettings, sample_images
 from trainer.recipe import Recipe
 from trainer.recipe_evaluation import EvaluationSpec, SamplerName
-from trainer.run import Run
+from trainer.run import Run, worker_name
 from trainer.weights import load_for_inference
 
 GRID_PICTURES: Final = 256
@@ -94,7 +93,7 @@ def draw(run: Run, out: Path, options: DrawOptions, device: torch.device) -> Sam
     name = run.select(options.checkpoint)
     settings = SamplerSettings(spec.sampler, spec.steps, spec.eta, options.seed, spec.chunk)
     with (
-        run.pin(name, f"{socket.gethostname()}-{os.getpid()}"),
+        run.pin(name, worker_name()),
         Progress("sample", options.number, "img") as progress,
     ):
         loaded = load_for_inference(run, name, ema=spec.ema, device=device)
@@ -116,10 +115,8 @@ def draw(run: Run, out: Path, options: DrawOptions, device: torch.device) -> Sam
         number=options.number,
         not_finite=int((~drawn.finite).sum()),
     )
+    PicturesFolder(out, options.number)(0, drawn)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(drawn.images):
-            to_pil(image).save(out / f"{index:06d}.png")
         sample_grid(drawn.images[:GRID_PICTURES]).save(out / "grid.png")
         (out / "samples.json").write_bytes(facts.to_json())
     except OSError as error:

@@ -106,12 +106,7 @@ def evaluate(
         seconds_features=round(statistics.seconds.features, 3),
         storage_retries=run.storage.retries - retries,
         grid=grid,
-        environment=Environment(
-            torch=torch.__version__,
-            device=str(team.device),
-            processes=team.size,
-            threads=torch.get_num_threads(),
-        ),
+        environment=_environment(team),
     )
     files = {grid: png_bytes(sample_grid(statistics.first))}
     if protocol.measures(MetricName.NEIGHBOURS):
@@ -120,6 +115,15 @@ def evaluate(
         )
     files |= {f"{checkpoint}-bits-{split}.json": found.to_json() for split, found in bits.items()}
     return Outcome(result, files)
+
+
+def _environment(team: Team) -> Environment:
+    return Environment(
+        torch=torch.__version__,
+        device=str(team.device),
+        processes=team.size,
+        threads=torch.get_num_threads(),
+    )
 
 
 def draw_statistics(

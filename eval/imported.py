@@ -21,14 +21,13 @@ from enum import StrEnum
 from typing import Final
 from urllib.parse import parse_qs
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.documents import sha256_hex
 from data_pipeline.errors import UserError
 from eval.moments import Moments
+from eval.named_file import check_sha256, is_sha256, read_named
 from eval.protocol import FeatureIdentity, ImportedFile
 
 
@@ -87,7 +86,7 @@ def parse_reference_file(text: str, resize: str) -> FileChoice:
     location, _, fragment = text.partition("#")
     given = {name: values[-1] for name, values in parse_qs(fragment).items()}
     sha256, kind = given.get("sha256", "").lower(), given.get("kind", "")
-    if len(sha256) != 64 or set(sha256) - set("0123456789abcdef") or kind not in set(StatisticsKind):
+    if not is_sha256(sha256) or kind not in set(StatisticsKind):
         raise UserError(
             f"reference_file={text}: write PATH_OR_URL#sha256=HEX&kind=KIND with KIND one of "
             f"{', '.join(StatisticsKind)}; `ddpm eval reference FILE.npz` prints the hash"
@@ -108,12 +107,8 @@ def load_statistics(choice: FileChoice, features: FeatureIdentity) -> ImportedSt
         UserError: The file is missing, of another hash, or not of the network's dimension.
     """
     data = read_bytes(choice.location)
-    found = sha256_hex(data)
-    if found != choice.identity.sha256:
-        raise UserError(
-            f"{choice.location}: {len(data)} bytes with sha256 {found}, expected {choice.identity.sha256}; "
-            "fetch the file anew or correct reference_file"
-        )
+    remedy = "fetch the file anew or correct reference_file"
+    check_sha256(data, choice.location, choice.identity.sha256, remedy)
     arrays = read_arrays(data, choice.location)
     dim = len(arrays["mu"])
     if dim != features.dim:
@@ -133,18 +128,12 @@ def load_statistics(choice: FileChoice, features: FeatureIdentity) -> ImportedSt
 
 
 def read_bytes(location: str) -> bytes:
-    """Read a file by path or URL.
+    """Read a file of statistics by path or URL.
 
     Raises:
         UserError: It cannot be read.
     """
-    try:
-        with fsspec.open(location, "rb") as stream:
-            data: bytes = stream.read()
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{location}: cannot read statistics ({reason}); check the path") from error
-    return data
+    return read_named(location, "statistics", "check the path")
 
 
 def read_arrays(data: bytes, where: str) -> dict[str, NDArray[np.float64]]:

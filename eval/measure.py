@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from eval.metrics.bootstrap import BootstrapOptions, bootstrap_distance
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.infinity import InfinityOptions, frechet_infinity
+from eval.metrics.kid import LEAST as LEAST_KERNEL
 from eval.metrics.kid import KidOptions, kernel_distance
 from eval.metrics.manifold import ManifoldOptions, Radii, manifold
 from eval.metrics.neighbours import NeighbourOptions, memorisation, nearest
@@ -38,7 +39,7 @@ CONSTANTS: Final[dict[MetricName, Options]] = {
 }
 """What the metrics that have constants are computed with; part of the protocol."""
 LEAST_PICTURES: Final[dict[MetricName, int]] = {
-    MetricName.KERNEL: 3,
+    MetricName.KERNEL: LEAST_KERNEL,
     MetricName.MANIFOLD: MANIFOLD.k_density + 1,
     MetricName.INFINITY: 2 * INFINITY.points,
 }

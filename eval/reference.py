@@ -126,7 +126,7 @@ def _keep(cache: ReferenceCache, key: ReferenceKey, found: Statistics) -> None:
 
 
 def _job(wanted: RealJob, loaded: LoadedIndex) -> Job:
-    available = sum(entry.samples for entry in loaded.shards(wanted.split))
+    available = loaded.samples(wanted.split)
     total = available if wanted.limit is None else min(available, wanted.limit)
     if total < 2:
         raise UserError(

@@ -6,8 +6,6 @@ service only reads what the trainer published and never writes where the trainer
 """
 
 import logging
-import os
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,7 +30,7 @@ from eval.statistics import Pictures
 from eval.team import Stopped, Team
 from trainer.manifest import DamagedCheckpointError
 from trainer.recipe import Recipe
-from trainer.run import CheckpointGoneError, Run
+from trainer.run import CheckpointGoneError, Run, worker_name
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +132,7 @@ class Service:
         self.run = Run(run_url)
         self.summary = Summary()
         self._options, self._team = options, team
-        self._worker = f"{socket.gethostname()}-{os.getpid()}"
+        self._worker = worker_name()
         self._boards: dict[tuple[str, str], LeaseBoard] = {}
         self._claim = ExitStack()
         self._failures: Counter[tuple[str, str]] = Counter()

@@ -6,7 +6,7 @@ process alone.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -109,6 +109,17 @@ class Job:
         """Number of pictures in chunk `index`; 0 past the end."""
         return max(0, min(self.chunk, self.total - index * self.chunk))
 
+    def rounds(self, processes: int) -> range:
+        """Numbers of the first chunks of all rounds, in each of which every process takes one chunk."""
+        return range(0, -(-self.total // self.chunk), processes)
+
+    def members(self, base: int, processes: int) -> Iterator[tuple[int, slice]]:
+        """Yield what of a round's gathered numbers is not padding: a process's place and its rows."""
+        for member in range(processes):
+            count = self.size_of(base + member)
+            if count:
+                yield member, slice(member * self.chunk, member * self.chunk + count)
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -140,11 +151,8 @@ class _Sums:
         pooled = team.gather(block.pooled)
         probabilities = team.gather(block.probabilities) if self._score else None
         spatial = team.gather(block.spatial) if self._spatial else None
-        for member in range(team.size):
-            index, start = base + member, member * self._job.chunk
-            rows = slice(start, start + self._job.size_of(index))
-            if rows.stop == rows.start:
-                continue
+        for member, rows in self._job.members(base, team.size):
+            index = base + member
             self._moments.add(pooled[rows])
             if self._score and probabilities is not None:
                 self._score.add(probabilities[rows])
@@ -197,7 +205,7 @@ def accumulate(
     """
     sums = _Sums(network.identity, job, store=job.store and team.is_main)
     seconds = Stopwatch()
-    bases = range(0, -(-job.total // job.chunk), team.size)
+    bases = job.rounds(team.size)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1, "features")) if job.overlap else None
         waiting: Callable[[], _Block] | None = None

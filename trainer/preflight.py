@@ -54,7 +54,7 @@ def check_inputs(
 
 def _check_data(recipe: Recipe, loaded: LoadedIndex) -> None:
     url = loaded.storage.url
-    if not sum(entry.samples for entry in loaded.shards(recipe.data.split)):
+    if not loaded.samples(recipe.data.split):
         raise UserError(f"data.split={recipe.data.split}: holds no picture of {url}; choose another split")
     geometry = loaded.index.geometry
     if (geometry.size, geometry.channels) != (recipe.image.size, recipe.image.channels):

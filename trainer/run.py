@@ -1,7 +1,9 @@
 """The run directory: where trainer and evaluation meet (a local path or any fsspec URL)."""
 
 import logging
+import os
 import re
+import socket
 import uuid
 from collections.abc import Collection
 from types import TracebackType
@@ -24,6 +26,11 @@ log = logging.getLogger(__name__)
 _ATTEMPT: Final = re.compile(r"(\d{6})\.json")
 PIN_LIFETIME_SECONDS: Final = 600.0
 """A pin that has not changed for so long protects nothing any more."""
+
+
+def worker_name() -> str:
+    """Name of this process in pins and leases: host and process."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 class CheckpointGoneError(UserError):

@@ -11,6 +11,7 @@ from eval.features.effnetlite0 import EFFNETLITE0
 from eval.features.external import InputConvention
 from eval.features.inception import INCEPTION, SIDE, STATE_FILE, STATE_INCEPTION, TORCHSCRIPT_FILE
 from eval.features.resize import ResizeMode, resize_name
+from eval.named_file import is_sha256
 from eval.protocol import FeatureIdentity
 
 
@@ -160,7 +161,7 @@ def _external(kind: NetworkKind, location: str, fragment: str) -> FeatureChoice:
 
 def _sha256(text: str) -> str:
     sha256 = text.lower()
-    if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
+    if not is_sha256(sha256):
         raise UserError(f"features: #sha256={text} is not 64 hexadecimal digits")
     return sha256
 

@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-import fsspec
-
-from data_pipeline.documents import sha256_hex
-from data_pipeline.errors import UserError
+from eval.named_file import check_sha256, read_named
 
 
 @dataclass(frozen=True)
@@ -42,16 +39,6 @@ def read_weights(location: str, sha256: str, published: PublishedFile | None = N
     """
     title = published.title if published else "weights"
     wanted = f"the official file is {published}" if published else f"wanted is the file of sha256 {sha256}"
-    try:
-        with fsspec.open(location, "rb") as stream:
-            data: bytes = stream.read()
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{location}: cannot read {title} ({reason}); {wanted}") from error
-    found = sha256_hex(data)
-    if found != sha256:
-        raise UserError(
-            f"{location}: {len(data)} bytes with sha256 {found}, expected {sha256}; {wanted}; "
-            "to use another file on purpose append #sha256=HEX"
-        )
+    data = read_named(location, title, wanted)
+    check_sha256(data, location, sha256, f"{wanted}; to use another file on purpose append #sha256=HEX")
     return data

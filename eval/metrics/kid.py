@@ -26,7 +26,7 @@ from eval.metrics.blocks import Features, spans, widened
 from eval.metrics.interval import normal_interval
 from eval.metrics.resampling import Draws, subset
 
-_LEAST: Final = 3
+LEAST: Final = 3
 """Vectors a set must hold: leaving one out must leave a pair."""
 
 
@@ -90,7 +90,7 @@ def kernel_distance(samples: Features, reference: Features, options: KidOptions)
     Returns:
         Estimates with their scatter.
     """
-    assert min(len(samples), len(reference)) >= _LEAST, (len(samples), len(reference))
+    assert min(len(samples), len(reference)) >= LEAST, (len(samples), len(reference))
     x = _limited(samples, Draws.KERNEL_SAMPLES, options)
     y = _limited(reference, Draws.KERNEL_REFERENCE, options)
     value, standard_error = _jackknifed(samples, x, reference, y)

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from eval.results import Metric, Result, ResultBook
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate the checkpoints of a run and show the results.")
-app.command()(reference)
-app.command()(compare)
-app.command()(selftest)
 
 _ON_ONE_LINE = 2  # metrics of a result; more get a line each
 RunUrl = Annotated[str, typer.Argument(metavar="RUN", help="The run directory: a folder or URL.")]
@@ -253,3 +250,9 @@ def _warnings(book: "ResultBook") -> list[str]:
     texts = dict.fromkeys(warning for result in book.results() for warning in result.warnings)
     held_out = book.held_out()
     return [*texts, *(f"held-out: {warning}" for warning in (held_out.warnings if held_out else []))]
+
+
+# Behind those of a run, in the order of `ddpm eval --help`.
+app.command()(compare)
+app.command()(reference)
+app.command()(selftest)

@@ -1,8 +1,6 @@
 """A checkpoint becomes a folder that diffusers' `DDPMPipeline.from_pretrained` samples from."""
 
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from data_pipeline.documents import Document, sha256_hex
 from data_pipeline.errors import UserError
 from trainer.manifest import FileRecord, is_checkpoint_name
 from trainer.recipe import Recipe
-from trainer.run import Run
+from trainer.run import Run, worker_name
 from trainer.weights.formats import diffusers
 from trainer.weights.formats.diffusers import unet_json
 from trainer.weights.formats.diffusers_scheduler import scheduler_json
@@ -85,7 +83,7 @@ def export_diffusers(
     expressed = _Expressed.of(recipe)
     name = run.select(checkpoint)
     _claim(folder)
-    with run.pin(name, f"{socket.gethostname()}-{os.getpid()}") as pin:
+    with run.pin(name, worker_name()) as pin:
         weights = read_weights(run, pin.manifest, ema)
         origin = _Origin(name, run.manifest_sha256(name), pin.manifest.images, ema)
     return _write_folder(folder, recipe, expressed, weights, origin)
