@@ -65,14 +65,18 @@ class Ranks:
     """Collectives over all processes; small ones run on the CPU, whatever the devices.
 
     Needs an initialised default process group. Every method must be called by all ranks together.
+
+    Args:
+        environment: Which of them this process is.
+        timeout: How long they wait for one another where a group of their own is made; default: torch's.
     """
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, timeout: timedelta | None = None) -> None:
         self.rank, self.world = environment.rank, environment.world
         self.device = environment.device
         self._control: dist.ProcessGroup | None = None  # the default group
         if dist.get_backend() != "gloo":
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo", timeout=timeout)
             assert isinstance(group, dist.ProcessGroup)
             self._control = group
 

@@ -1,4 +1,4 @@
-"""From a recipe to a DeepSpeed engine; the only module that imports DeepSpeed at run time.
+"""From a recipe to a DeepSpeed engine.
 
 DeepSpeed partitions the state (ZeRO 0 to 3), reduces gradients in float32 and clips them. Everything else
 stays ours: autocast around the network, the learning rate from the image clock, the decision whether an
@@ -8,19 +8,16 @@ update is applied, and the state, which is read and written through views and ne
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
-import pydantic
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor, nn
 
-from data_pipeline.documents import describe_first
-from data_pipeline.errors import UserError
 from trainer import partition
 from trainer.deepspeed_config import build_config
 from trainer.distributed import Environment, Ranks
@@ -39,25 +36,13 @@ def init_process_group(environment: Environment, timeout_seconds: float) -> None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if on_gpu:
         torch.cuda.set_device(environment.device)
+        # DeepSpeed takes it for a device's number; Slurm may show each task its own GPU only, numbered 0.
+        os.environ["LOCAL_RANK"] = str(environment.device.index)
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=timeout_seconds),
         verbose=False,
     )
-
-
-def check_config(recipe: Recipe) -> None:
-    """Let DeepSpeed judge what the user gave it, before anything is started.
-
-    Raises:
-        UserError: It refuses a key or value of `deepspeed.config.zero_optimization`.
-    """
-    config = build_config(recipe, micro_steps=1, parameters=2, on_gpu=False)
-    try:
-        DeepSpeedZeroConfig(**config["zero_optimization"])
-    except pydantic.ValidationError as error:
-        where = "deepspeed.config.zero_optimization"
-        raise UserError(f"{where}: {describe_first(error)}; see DeepSpeed's documentation") from error
 
 
 @dataclass(frozen=True)
@@ -112,6 +97,7 @@ class Engine:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         size = sum(parameter.numel() for parameter in model.parameters())
         model = model.to(self._device)
+        _autocast_inside(model, self._device, self._precision.autocast)
         if recipe.train.compiles(self._device, self.zero_stage):
             compile_blocks(model)
         self._adam = _adam(recipe.optimizer, model)
@@ -119,6 +105,8 @@ class Engine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adam, config=config, dist_init_required=False
         )
+        if self._precision.is_loss_scaled:
+            self._zero.loss_scaler.raise_error_at_min_scale = False  # the guard counts what then overflows
         # DeepSpeed reduces no float64, and at stage 0 it copies all gradients even where nobody else is.
         is_alone = ranks.world == 1 and self.zero_stage == 0
         self._engine.enable_backward_allreduce = self._precision is not Precision.FP64 and not is_alone
@@ -136,6 +124,14 @@ class Engine:
             return None
         return {key: float(getattr(self._zero.loss_scaler, key)) for key in _LOSS_SCALE_STATE}
 
+    @property
+    def may_lower_scale(self) -> bool:
+        """Whether an overflow may still be fp16's loss scale's fault."""
+        if not self._precision.is_loss_scaled:
+            return False
+        scaler = self._zero.loss_scaler
+        return bool(scaler.cur_scale > scaler.min_scale)
+
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Run the network under the recipe's autocast.
 
@@ -146,9 +142,7 @@ class Engine:
         Returns:
             The prediction [B, C_out, H, W], as precise as `x_t`.
         """
-        dtype = self._precision.autocast
-        with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
-            output: Tensor = self._engine(x_t, t)
+        output: Tensor = self._engine(x_t, t)
         return output.to(x_t.dtype)
 
     def backward(self, loss: Tensor) -> None:
@@ -221,6 +215,16 @@ class Engine:
         if self.zero_stage == 0:
             return float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_norm))
         return float(self._zero._global_grad_norm)
+
+
+def _autocast_inside(model: UNet, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Let the network enter autocast itself.
+
+    Entered around DeepSpeed's engine it would be switched off again on a GPU, by the engine, which knows
+    only its own.
+    """
+    if dtype is not None:
+        model.forward = torch.autocast(device.type, dtype)(model.forward)  # type: ignore[method-assign]
 
 
 _LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

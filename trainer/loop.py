@@ -4,6 +4,7 @@ Every rank runs `train`. The trajectory is a function of recipe, index and strea
 sample n brings its own timestep, noise and flip, whichever rank meets it.
 """
 
+import gc
 import logging
 import math
 import socket
@@ -25,7 +26,7 @@ from trainer.data import open_stream
 from trainer.diffusion.losses import training_losses
 from trainer.distributed import Ranks
 from trainer.ema import PartitionedEma
-from trainer.engine import Engine, check_config
+from trainer.engine import Engine
 from trainer.flops import training_flops_per_image
 from trainer.guards import DivergedError, RollBackError
 from trainer.log_window import LogWindow
@@ -76,7 +77,6 @@ def train(
         DivergedError: Too many updates were dropped, and going back did not help.
         StorageFault: The store failed for longer than the retries last.
     """
-    check_config(recipe)
     damaged: list[str] = []
     session = ranks.on_main(lambda: open_session(recipe, run, ranks.world, options.allowed))
     stop.start_budget(recipe.train.max_minutes)
@@ -94,6 +94,9 @@ def train(
         ended = _attempt(ranks, trainer, stop)
         if isinstance(ended, StopReason):
             return ended
+        # The next attempt makes a state of its own; DeepSpeed's engine holds this one and refers to itself.
+        del trainer
+        gc.collect()
         session = ranks.on_main(lambda: _roll_back(recipe, run, session, ended))  # noqa: B023 (called at once)
 
 
@@ -122,15 +125,7 @@ def _roll_back(recipe: Recipe, run: Run, session: Session, trouble: RollBackErro
     try:
         return roll_back(recipe, run, session, trouble)
     except DivergedError:
-        parent = session.parent
-        run.end_attempt(
-            AttemptEnd(
-                attempt=session.attempt.attempt,
-                outcome="failed",
-                images=parent.images if parent else 0,
-                checkpoint=parent.name if parent else None,
-            )
-        )
+        run.fail_attempt(session.attempt.attempt)
         raise
 
 
@@ -359,7 +354,7 @@ class Trainer:
     def _drop(self, start: int, loss: float, objections: Sequence[str]) -> None:
         """Record an update that was not applied."""
         self.window.note_update(None)
-        if self.recipe.precision.is_loss_scaled and math.isfinite(loss) and not objections:
+        if self.engine.may_lower_scale and math.isfinite(loss) and not objections:
             self.state.guard.overflowed(start)
         else:
             self.state.guard.dropped(start, objections[0] if objections else "its gradient is not finite")

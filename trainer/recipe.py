@@ -87,15 +87,26 @@ class Recipe(Section):
                 "checkpoint.snapshot_every_images: only averages with a std are kept as snapshots; "
                 "add one, e.g. ema.narrow={std: 0.05}"
             )
+        if self.diffusion.beta_start > self.diffusion.beta_end:
+            raise ValueError("diffusion.beta_start exceeds diffusion.beta_end; noise must grow with t")
+        check_loss(self.build_diffusion(), self.loss.config())
+        self.unet_config()
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_agrees(self) -> "Recipe":
         stage = self.deepspeed.zero_stage
         if self.precision is Precision.FP64 and stage != 0:
             raise ValueError("precision=fp64 is for proofs: it needs deepspeed.zero_stage=0")
         if self.precision.is_loss_scaled and stage == 0:
             raise ValueError("precision=fp16 needs partitioned masters: deepspeed.zero_stage=1, 2 or 3")
-        if self.diffusion.beta_start > self.diffusion.beta_end:
-            raise ValueError("diffusion.beta_start exceeds diffusion.beta_end; noise must grow with t")
-        check_loss(self.build_diffusion(), self.loss.config())
-        self.unet_config()
+        if "fp16" in self.deepspeed.config and not self.precision.is_loss_scaled:
+            raise ValueError("deepspeed.config.fp16: only precision=fp16 scales its loss; leave it out")
+        if self.train.compile and stage == 3:
+            raise ValueError(
+                "train.compile=true: blocks cannot be compiled while ZeRO 3 moves their parameters; "
+                "leave it out, or choose a deepspeed.zero_stage of 0 to 2"
+            )
         return self
 
     @property

@@ -190,6 +190,12 @@ class Run:
         """Record how an attempt ended."""
         self.storage.create(f"attempts/{end.attempt:06d}.end.json", end.to_json())
 
+    def fail_attempt(self, number: int) -> None:
+        """Record that an attempt failed and nobody goes on, so that evaluation need not wait for ever."""
+        newest = next(reversed(self.live_checkpoints()), None)
+        images = parse_checkpoint_name(newest)[0] if newest else 0
+        self.end_attempt(AttemptEnd(attempt=number, outcome="failed", images=images, checkpoint=newest))
+
     def ended(self) -> AttemptEnd | None:
         """Return how the newest attempt ended; None while it runs, or if it died without a word."""
         path = f"attempts/{self.newest_attempt():06d}.end.json"

@@ -8,10 +8,9 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from data_pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
 from trainer.guards import DivergedError, Guard, RollBackError
-from trainer.manifest import ANY_DATA, Attempt, Manifest
+from trainer.manifest import Attempt, Manifest
 from trainer.preflight import check_inputs
 from trainer.recipe import Recipe
 from trainer.run import Run
@@ -69,11 +68,6 @@ def open_session(
     run.storage.prove_create_only()
     run.adopt_recipe(recipe, allowed)
     parent = checkpoints.newest_whole(run, refused)
-    if parent is not None and parent.index_sha not in (ANY_DATA, index_sha):
-        raise UserError(
-            f"data.url={recipe.data.url}: the run {run.url} was trained on another index "
-            f"({parent.index_sha[:12]}, this one is {index_sha[:12]}); give the same shards or another run"
-        )
     position, rollbacks = _rolled_back(run, parent)
     claim = run.claim_attempt(_name(parent), socket.gethostname(), recipe, index_sha, position, rollbacks)
     _announce(run, claim)

@@ -28,7 +28,6 @@ import torch
 
 from data_pipeline.errors import ExitCode, UserError
 from trainer import extensions
-from trainer.manifest import AttemptEnd, parse_checkpoint_name
 from trainer.occupancy import occupied
 from trainer.preflight import check_inputs
 from trainer.profiler import parse_profile
@@ -89,7 +88,13 @@ def supervise(
         UserError: Recipe, data, run directory or port cannot be used.
     """
     recipe = load_recipe(recipe_name, overrides)
-    ranks = placement.ranks or torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    gpus = torch.cuda.device_count()
+    ranks = placement.ranks or gpus or min(2, os.cpu_count() or 1)
+    if gpus and ranks > gpus:
+        raise UserError(
+            f"--ranks {ranks}: a rank needs a GPU of its own, and this node has {gpus}; give at most so many "
+            "(CUDA_VISIBLE_DEVICES= in the environment trains on the CPU)"
+        )
     run = Run(recipe.run)
     if profile:
         parse_profile(profile)  # a mistake is told before anything starts
@@ -110,19 +115,9 @@ def supervise(
             if restart == restarts or (ended is not None and ended.outcome == "failed"):
                 break
             log.warning("training failed; restart %d of %d from the newest checkpoint", restart + 1, restarts)
-    if placement.node_rank == 0:
-        _record_failure(run)
+    if placement.node_rank == 0 and run.newest_attempt() and run.ended() is None:
+        run.fail_attempt(run.newest_attempt())
     return ExitCode.FAILED
-
-
-def _record_failure(run: Run) -> None:
-    """Say in the run directory that nobody goes on, so that evaluation need not wait for ever."""
-    attempt = run.newest_attempt()
-    if attempt == 0 or run.ended() is not None:
-        return
-    newest = next(reversed(run.live_checkpoints()), None)
-    images = parse_checkpoint_name(newest)[0] if newest else 0
-    run.end_attempt(AttemptEnd(attempt=attempt, outcome="failed", images=images, checkpoint=newest))
 
 
 class _StopSignals:
@@ -230,15 +225,25 @@ def _launcher_command(placement: Placement, ranks: int, port: int) -> list[str]:
     The `deepspeed` program would only start this one: it adds ssh to other nodes, which have supervisors of
     their own here, and hides how its child ended.
     """
-    world = {f"node{number}": list(range(ranks)) for number in range(placement.num_nodes)}
+    # The launcher counts other nodes' devices and makes its own node's visible: those this process sees.
+    world = {f"node{number}": _visible_devices(ranks) for number in range(placement.num_nodes)}
     return [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
         f"--node_rank={placement.node_rank}",
         f"--master_addr={placement.master_addr}",
         f"--master_port={port}",
-        "--log_level=error",
+        "--log_level=critical",  # below it, it repeats the whole command after whatever a rank has said
     ]
+
+
+def _visible_devices(ranks: int) -> list[str]:
+    """What the launcher shall put into CUDA_VISIBLE_DEVICES, one for each rank of this node."""
+    if not torch.cuda.is_available():
+        return ["-1"] * ranks  # none, also where there are some that the user has hidden
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    return devices[:ranks]
 
 
 def _environment(control: str, ranks: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -64,7 +65,7 @@ def _guarded(
         options = Options(allowed, parse_profile(profile) if profile else None)
         init_process_group(environment, recipe.deepspeed.timeout_seconds)
         try:
-            ranks = Ranks(environment)
+            ranks = Ranks(environment, timedelta(seconds=recipe.deepspeed.timeout_seconds))
             with contextlib.ExitStack() as held:
                 if SUPERVISOR_VARIABLE not in os.environ:  # else the supervisor holds the run
                     ranks.on_main(lambda: held.enter_context(occupied(run)))

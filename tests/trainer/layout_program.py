@@ -12,12 +12,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.device import DeviceBatch
 from trainer import loop
@@ -41,6 +41,22 @@ class Injected(loop.Trainer):
     poison: dict[str, Any] | None = None
     injected = 0
     kill: dict[str, Any] | None = None
+    never_waits = False
+    watched = 0
+    computed_in: ClassVar[set[str]] = set()
+
+    def __init__(self, recipe: Recipe, run: Run, ranks: Ranks, session: Session, *rest: Any) -> None:
+        super().__init__(recipe, run, ranks, session, *rest)
+        stem = next(each for each in self.engine.module.modules() if isinstance(each, nn.Conv2d))
+        stem.register_forward_hook(lambda _module, _inputs, output: self.computed_in.add(str(output.dtype)))
+
+    def _forward_and_backward(self, batch: DeviceBatch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        # In the first two steps tables are made, kernels loaded and buffers allocated.
+        if not self.never_waits or self.state.updates < 2:
+            return super()._forward_and_backward(batch)
+        Injected.watched += 1
+        with waiting_for_the_gpu_is_refused():
+            return super()._forward_and_backward(batch)
 
     def step(self, batch: DeviceBatch, wish: StopReason = StopReason.NONE) -> StopReason:
         if self.kill is not None and (self.kill["images"], self.kill["rank"]) == (
@@ -106,6 +122,21 @@ class Averaged(Injected):
 
 
 @contextlib.contextmanager
+def waiting_for_the_gpu_is_refused() -> Iterator[None]:
+    """Raise in who waits for the device, be it in the course of something else."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("waits for the GPU")
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with patch.object(torch.cuda, "synchronize", refuse):
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextlib.contextmanager
 def reductions() -> Iterator[set[str]]:
     """Collect the precisions of all larger tensors that are reduced over the ranks meanwhile."""
     seen: set[str] = set()
@@ -131,14 +162,27 @@ def reductions() -> Iterator[set[str]]:
         yield seen
 
 
+@contextlib.contextmanager
+def asked_as_on_a_gpu() -> Iterator[None]:
+    """Answer for the CPU who asks for autocast without naming a device, which means a GPU.
+
+    DeepSpeed does, and switches off what it finds: on a CPU nobody would notice.
+    """
+    is_enabled = torch.is_autocast_enabled
+    with patch.object(torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)):
+        yield
+
+
 def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest, reduced: set[str]) -> dict[str, Any]:
     """Train one recipe to its end; return what became of it."""
     recipe = load_recipe("quickstart", case["overrides"])
     kind = Averaged if case.get("reference") else Injected
-    Injected.injected, Averaged.last_difference = 0, float("nan")
+    Injected.injected, Injected.watched, Averaged.last_difference = 0, 0, float("nan")
     kind.poison, kind.kill = case.get("poison"), case.get("kill")
+    kind.never_waits = case.get("never_waits", False)
     error = None
     reduced.clear()
+    Injected.computed_in.clear()
     with patch.object(loop, "Trainer", kind):
         try:
             loop.train(recipe, Run(recipe.run), ranks, stop)
@@ -149,6 +193,8 @@ def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest, reduced: set
         "injected": Injected.injected,
         "ema_difference": Averaged.last_difference,
         "reduced_in": sorted(reduced),
+        "computed_in": sorted(Injected.computed_in),
+        "watched": Injected.watched,
     }
 
 
@@ -156,7 +202,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train all cases of a JSON file; write this rank's findings beside `OUT`."""
     environment, stop = Environment.from_launcher(), StopRequest()
     cases, out = json.loads(Path(arguments[0]).read_text()), Path(f"{arguments[1]}.{environment.rank}")
-    with reductions() as reduced:  # before DeepSpeed takes note of the functions
+    with asked_as_on_a_gpu(), reductions() as reduced:  # before DeepSpeed takes note of the functions
         init_process_group(environment, 120.0)
         try:
             ranks = Ranks(environment)

@@ -32,6 +32,10 @@ SETTINGS = (
     "data.reader_threads=0",
 )
 STAGES = (0, 1, 2, 3)
+HASTY = (
+    "{zero_optimization: {param_persistence_threshold: 0, max_reuse_distance: 0, prefetch_bucket_size: 1000}}"
+)
+"""At ZeRO 3: no parameter is too small to be partitioned, and all are let go as soon as they were used."""
 LAST = 12
 """Steps of a training, with a checkpoint after every second one."""
 WHOLE = (f"train.images={LAST * BATCH}", f"checkpoint.every_images={2 * BATCH}", "model.dropout=0.1")

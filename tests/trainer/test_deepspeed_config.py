@@ -4,7 +4,8 @@ import pytest
 
 from data_pipeline.errors import UserError
 from tests.support import tiny_recipe
-from trainer.deepspeed_config import LARGEST_BUCKET, build_config
+from trainer.deepspeed_check import check_config
+from trainer.deepspeed_config import LARGEST_BUCKET, LARGEST_REDUCED, build_config
 
 MIB = 2**20
 
@@ -34,7 +35,21 @@ def test_communication_overlaps_on_gpus() -> None:
         assert zero["overlap_comm"] is overlap
     zero = built(parameters=10**9)["zero_optimization"]
     assert isinstance(zero, dict)
-    assert zero["reduce_bucket_size"] == LARGEST_BUCKET
+    assert zero["reduce_bucket_size"] == LARGEST_REDUCED
+    assert zero["allgather_bucket_size"] == LARGEST_BUCKET
+
+
+def test_nothing_is_timed_at_the_cost_of_waiting_for_the_device() -> None:
+    assert built()["timers"] == {"throughput": {"enabled": False}}
+
+
+def test_both_of_deepspeeds_names_may_be_given() -> None:
+    for name in ("prefetch_bucket_size", "stage3_prefetch_bucket_size"):
+        raw = f"{{zero_optimization: {{{name}: 5000}}}}"
+        recipe = tiny_recipe(["deepspeed.zero_stage=3", f"deepspeed.config={raw}"])
+        check_config(recipe)
+        zero = build_config(recipe, 1, MIB, on_gpu=False)["zero_optimization"]
+        assert [zero[key] for key in zero if key.endswith("prefetch_bucket_size")] == [5000]
 
 
 def test_at_stage_0_we_clip_ourselves() -> None:
@@ -69,6 +84,25 @@ def test_raw_keys_are_merged_into_ours() -> None:
             "deepspeed.config.zero_optimization.offload_optimizer.device",
             "deepspeed.offload_optimizer",
         ),
+        ("{fp16: {loss_scale: 1024}}", "deepspeed.config.fp16.loss_scale", "dynamic"),
+        (
+            "{fp16: {fp16_master_weights_and_grads: true}}",
+            "deepspeed.config.fp16.fp16_master_weights_and_grads",
+            "float32",
+        ),
+        ("{fp16: {loss_scale_window: 5}}", "deepspeed.config.fp16", "precision=fp16"),
+        ("{fp16: true}", "deepspeed.config.fp16", "{KEY: VALUE}"),
+        ("{zero_optimization: 3}", "deepspeed.config.zero_optimization", "{KEY: VALUE}"),
+        (
+            "{zero_optimization: {reduce_bucket_size: auto}}",
+            "deepspeed.config.zero_optimization.reduce_bucket_size",
+            "leave the key out",
+        ),
+        (
+            "{zero_optimization: {cpu_offload_param: true}}",
+            "deepspeed.config.zero_optimization.cpu_offload_param",
+            "zero_stage=3",
+        ),
         (
             "{wall_clock_breakdwn: true}",
             "deepspeed.config.wall_clock_breakdwn",
@@ -88,6 +122,7 @@ def test_contradictions_and_unknown_keys_are_refused_by_name(raw: str, key: str,
     ("overrides", "message"),
     [
         (["deepspeed.zero_stage=0", "deepspeed.offload_optimizer=true"], "deepspeed.offload_optimizer"),
+        (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile=true"),
         (["precision=fp64"], "deepspeed.zero_stage=0"),
         (["precision=fp16", "deepspeed.zero_stage=0"], "precision=fp16"),
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage"),

@@ -309,7 +309,8 @@ def test_speed_is_told_seen_or_reckoned(digits: str, tmp_path: Path) -> None:
     for start, speeds in ((0, [500.0, 400.0]), (128, [350.0, 320.0, None])):
         rows = [json.dumps({"schema": "metrics/1", "images_per_second": speed}) for speed in speeds]
         run.storage.create(f"metrics/000001/{start:010d}.jsonl", "\n".join(rows).encode())
-    publish_checkpoint(run, recipe, 1, 192, UNet(recipe.unet_config()), "0" * 64)  # by one rank
+    index_sha = load_index(digits).sha256
+    publish_checkpoint(run, recipe, 1, 192, UNet(recipe.unet_config()), index_sha)  # by one rank
     seen = dry_run(recipe, run, 1)
     assert seen.speed.images_per_second == 320.0
     assert seen.schedule.start_images == 192
@@ -326,6 +327,12 @@ def test_mistakes_are_those_of_training(digits: str, tmp_path: Path) -> None:
         dry_run(tiny(f"data.url={digits}", "image.size=16", "model.attention_resolutions=[8]"), None, 1)
     with pytest.raises(UserError, match="no finished data set here"):
         dry_run(tiny(f"data.url={tmp_path}"), None, 1)
+    with pytest.raises(UserError, match="was trained on another index"):
+        dry_run(tiny(f"data.url={digits}"), make_run(str(tmp_path / "other")), 1)
+    with pytest.raises(UserError, match=r"deepspeed\.config\.zero_optimization: overlap_com: "):
+        dry_run(
+            tiny("deepspeed.config={zero_optimization: {overlap_com: true}}", f"data.url={digits}"), None, 1
+        )
     run = make_run(str(tmp_path / "run"), images_list=())
     for data in ("", f"data.url={digits}"):
         with pytest.raises(UserError, match="seed: 0 -> 7"):

@@ -11,6 +11,7 @@ from tests.support import metric_rows
 from tests.trainer.layout_support import (
     BATCH,
     FEW,
+    HASTY,
     STAGES,
     STEPS,
     assert_same_trajectory,
@@ -41,6 +42,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
     cases += [
         case(f"offload{stage}", f"deepspeed.zero_stage={stage}", "deepspeed.offload_optimizer=true", few)
         for stage in (1, 2, 3)
+    ]
+    cases += [
+        case(name, "deepspeed.zero_stage=3", f"deepspeed.config={HASTY}", few, *also)
+        for name, also in (("gathers", ()), ("recomputes", ("model.checkpoint_activations=true",)))
     ]
     cases += [
         case("accumulated", "batch.micro=2", few),
@@ -95,6 +100,8 @@ def test_bf16_is_the_same_at_every_zero_stage(one_rank: Path, two_ranks: Path, s
 @pytest.mark.parametrize("stage", STAGES)
 def test_under_bf16_gradients_are_reduced_in_float32(found: dict[str, dict[str, Any]], stage: int) -> None:
     assert found[f"zero{stage}-bf16"]["reduced_in"] == ["torch.float32"]
+    assert found[f"zero{stage}-bf16"]["computed_in"] == ["torch.bfloat16"]
+    assert found[f"zero{stage}-fp32"]["computed_in"] == ["torch.float32"]
 
 
 def test_bf16_is_not_float32(one_rank: Path) -> None:
@@ -105,6 +112,13 @@ def test_bf16_is_not_float32(one_rank: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_offloaded_optimizer_trains_the_same(one_rank: Path, two_ranks: Path, stage: int) -> None:
     assert_same_trajectory(Run(str(two_ranks / f"offload{stage}")), Run(str(one_rank / "fp32")), FEW)
+
+
+@pytest.mark.parametrize("name", ["gathers", "recomputes"])
+def test_parameters_that_are_gathered_for_their_use_train_the_same(
+    one_rank: Path, two_ranks: Path, name: str
+) -> None:
+    assert_same_trajectory(Run(str(two_ranks / name)), Run(str(one_rank / "fp32")), FEW)
 
 
 def test_accumulation_trains_the_same(one_rank: Path, two_ranks: Path) -> None:

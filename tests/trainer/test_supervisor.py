@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.errors import ExitCode, UserError
 from tests.support import make_run
-from trainer.supervisor import Placement, _choose_port, _outcome, _record_failure
+from trainer.supervisor import Placement, _choose_port, _outcome, _visible_devices, supervise
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,43 @@ def test_the_ranks_own_word_counts(tmp_path: Path, said: dict[int, int], code: E
 
 def test_giving_up_is_recorded_once(tmp_path: Path) -> None:
     run = make_run(str(tmp_path), images_list=(64, 128))
-    _record_failure(run)
+    run.fail_attempt(1)
     end = run.ended()
     assert end is not None
     assert (end.outcome, end.images, end.checkpoint) == ("failed", 128, "0000000128-000001")
-    _record_failure(run)
+    run.fail_attempt(1)
     assert run.ended() == end
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "devices"),
+    [
+        (None, 2, ["0", "1"]),
+        ("4,5,6", 2, ["4", "5"]),
+        ("GPU-8a1c,GPU-77f0", 2, ["GPU-8a1c", "GPU-77f0"]),
+    ],
+)
+def test_ranks_get_the_devices_that_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, ranks: int, devices: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8 if given is None else given.count(",") + 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert _visible_devices(ranks) == devices
+
+
+def test_without_a_device_none_is_shown_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert _visible_devices(2) == ["-1", "-1"]
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--ranks 4: a rank needs a GPU of its own, and this node has 2"):
+        supervise("quickstart", ["run=/no/such", "data.url=/no/such"], Placement(ranks=4))
 
 
 @pytest.mark.parametrize(
