@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GIB: Final = 1 << 30
 _IMPORT_SECONDS: Final = 120.0
-_TORCH_MINIMUM: Final = (2, 6)
+_TORCH_MINIMUM: Final = (2, 14)
 _TRAIN_EXTRA: Final = "pip install 'ddpm-foundry[train]'"
 
 

@@ -102,17 +102,19 @@ class TensorBoardLogger:
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
         """See `Logger`."""
-        if self._events is None:
-            self._events = self._make_writer(self._folder.name)
-        for name, value in values.items():
-            self._events.add_scalar(name, value, global_step=images)
+        try:
+            if self._events is None:
+                self._events = self._make_writer(self._folder.name)
+            for name, value in values.items():
+                self._events.add_scalar(name, value, global_step=images)
+        except OSError as error:  # what its thread met when it wrote, a full disk say
+            _count(self, "logging.tensorboard", error)
 
     def cut(self) -> Callable[[], None]:
         """See `Logger`."""
         if self._events is None:
             return nothing
-        self._events.close()
-        self._events = None
+        self._close_events()
         files = [file for file in sorted(Path(self._folder.name).iterdir()) if file not in self._cut]
         self._cut.update(files)
 
@@ -125,9 +127,17 @@ class TensorBoardLogger:
 
     def close(self) -> None:
         """Drop what was not published, with the steps it describes."""
-        if self._events is not None:
-            self._events.close()
+        self._close_events()
         self._folder.cleanup()
+
+    def _close_events(self) -> None:
+        events, self._events = self._events, None
+        if events is None:
+            return
+        try:
+            events.close()
+        except OSError as error:
+            _count(self, "logging.tensorboard", error)
 
 
 class PrometheusLogger:
@@ -359,7 +369,7 @@ def _module(name: str, attribute: str) -> Any:
     return module
 
 
-def _count(logger: PrometheusLogger | BackgroundLogger, key: str, problem: object) -> None:
+def _count(logger: Logger, key: str, problem: object) -> None:
     logger.errors += 1
     if logger.errors == 1:
         log.warning("%s: a row was not delivered (more are only counted): %s", key, _one_line(problem))

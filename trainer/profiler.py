@@ -11,7 +11,7 @@ from typing import Final, Self
 
 from torch.profiler import ProfilerAction, profile, record_function
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import StorageFault, UserError
 from trainer.run import Run
 
 log = logging.getLogger(__name__)
@@ -102,11 +102,15 @@ class StepProfiler:
         self._profile = None
 
     def _write(self, traced: profile) -> None:
-        with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as folder:
-            file = Path(folder) / "trace.json.gz"
-            traced.export_chrome_trace(str(file))
-            self._run.storage.upload(self._path, file)
         self._written = True
+        try:
+            with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as folder:
+                file = Path(folder) / "trace.json.gz"
+                traced.export_chrome_trace(str(file))
+                self._run.storage.upload(self._path, file)
+        except (StorageFault, UserError, OSError) as error:
+            log.warning("--profile: the trace is lost, training goes on: %s", error)
+            return
         log.info("trace of steps written to %s/%s; open it on ui.perfetto.dev", self._run.url, self._path)
 
 

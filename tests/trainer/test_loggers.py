@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import shutil
 import socket
 import struct
 import sys
@@ -81,6 +82,22 @@ def test_tensorboard_events_come_with_the_checkpoints(run: Run) -> None:
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
     assert [(event.step, event.value) for event in events.Scalars("ema_norm_a.b")] == [(10, 2.0)]
+
+
+def test_tensorboard_that_cannot_write_stops_nothing(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    (logger,), _ = start(run, "logging.tensorboard=true")
+    assert isinstance(logger, TensorBoardLogger)
+    shutil.rmtree(logger._folder.name)
+    Path(logger._folder.name).write_text("in the way")
+    for images, values in ROWS:
+        logger.log(images, values)
+    assert logger.errors == len(ROWS), "the fault must have happened"
+    logger.cut()()
+    assert caplog.text.count("logging.tensorboard: a row was not delivered") == 1
+    Path(logger._folder.name).unlink()
+    logger.log(*ROWS[0])
+    logger.close()
+    assert logger.errors == len(ROWS), "and it goes on when it can"
 
 
 def test_prometheus_reads_the_newest_row(run: Run, tmp_path: Path) -> None:

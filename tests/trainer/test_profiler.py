@@ -118,6 +118,16 @@ def test_a_loop_that_fails_writes_no_trace_and_is_heard(tmp_path: Path) -> None:
     assert len(names(events(run), "ProfilerStep")) == 3
 
 
+def test_a_trace_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(str(tmp_path / "run"))
+    tmp_path.joinpath("run").mkdir()
+    tmp_path.joinpath("run", "profile").write_text("in the way")
+    train(run, range(1, 4), total=9)
+    assert caplog.text.count("the trace is lost, training goes on") == 1
+
+
 def test_no_profile_is_nothing(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"))
     train(run, None, total=3)
