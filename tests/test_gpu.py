@@ -1,10 +1,13 @@
 """What a machine without GPUs cannot check; `tests/run.sh -m gpu tests/test_gpu.py`, see docs/training.md.
 
-Every test fails where there is no GPU; they are left out unless asked for.
+Every test fails where there is no GPU; they are left out unless asked for. Each recipe is trained in a
+process of its own when the first test asks for it, so that one that fails takes no other test with it.
 """
 
-import json
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from tests.support import tiny_recipe
 from tests.trainer.layout_support import (
     BATCH,
     FEW,
+    HASTY,
     STAGES,
     assert_same_trajectory,
     case,
@@ -33,6 +37,39 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 QUICK = f"train.images={2 * FEW * BATCH}"
 """Long enough for a checkpoint to resume from."""
+EXACT = ("train.compile=false", "train.deterministic=true", QUICK)
+ONE_GPU: dict[str, dict[str, Any]] = {
+    each["name"]: each
+    for each in (
+        *(case(name, *EXACT, f"precision={name}") for name in ("fp32", "tf32", "bf16", "fp16")),
+        case("as-shipped", QUICK, "precision=bf16"),  # compiled
+        case("compiled", QUICK, "precision=fp32", "train.compile=true"),
+        case("accumulated", *EXACT, "precision=fp32", "batch.micro=2"),
+        case("offloaded", *EXACT, "precision=fp32", "deepspeed.offload_optimizer=true"),
+        case(
+            "fp16-overflow",
+            *EXACT,
+            "precision=fp16",
+            "deepspeed.config={fp16: {initial_scale_power: 24, hysteresis: 1}}",
+        ),
+        case("unwatched", *EXACT, "precision=bf16", never_waits=True),
+    )
+}
+"""On one GPU nothing is partitioned."""
+TWO_GPUS: dict[str, dict[str, Any]] = {
+    each["name"]: each
+    for each in (
+        *(
+            case(f"zero{stage}", *EXACT, "precision=fp32", f"deepspeed.zero_stage={stage}")
+            for stage in STAGES
+        ),
+        case("gathers", *EXACT, "precision=fp32", "deepspeed.zero_stage=3", f"deepspeed.config={HASTY}"),
+        case("zero1-bf16", *EXACT, "precision=bf16"),
+        case("zero1-fp16", *EXACT, "precision=fp16"),
+    )
+}
+Trained = Callable[[str], tuple[Run, dict[str, Any]]]
+"""Gives a case's run and what rank 0 found in it."""
 
 
 @pytest.fixture(scope="module")
@@ -44,41 +81,43 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
-    """One GPU, on which nothing is partitioned: every precision, compiled and eager, offloaded."""
-    folder = tmp_path_factory.mktemp("runs")
-    eager = ("train.compile=false", "train.deterministic=true", QUICK)
-    cases = [
-        case("fp32", *eager, "precision=fp32"),
-        *(case(name, *eager, f"precision={name}") for name in ("tf32", "bf16", "fp16")),
-        case("compiled", QUICK, "precision=fp32", "train.compile=true"),
-        case("offloaded", *eager, "precision=fp32", "deepspeed.offload_optimizer=true"),
-        case(
-            "fp16-overflow",
-            *eager,
-            "precision=fp16",
-            "deepspeed.config={fp16: {initial_scale_power: 24, hysteresis: 1}}",
-        ),
-    ]
-    found = train(folder, shards, 1, cases)
-    (folder / "found.json").write_text(json.dumps(found))
-    return folder
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Trained:
+    @functools.cache
+    def one(name: str) -> tuple[Run, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(name)
+        world, listed = (1, ONE_GPU[name]) if name in ONE_GPU else (2, TWO_GPUS[name])
+        assert torch.cuda.device_count() >= world, "needs two GPUs"
+        found = train(folder, shards, world, [listed])[name]
+        assert found["error"] is None
+        return Run(str(folder / name)), found
+
+    return one
 
 
 @pytest.mark.parametrize(
-    ("name", "distance"), [("tf32", 1e-2), ("bf16", 2e-2), ("fp16", 2e-2), ("compiled", 1e-3)]
+    ("name", "distance"),
+    [("tf32", 1e-2), ("bf16", 2e-2), ("fp16", 2e-2), ("as-shipped", 2e-2), ("compiled", 1e-3)],
 )
-def test_precisions_stay_near_float32(runs: Path, name: str, distance: float) -> None:
-    difference = relative_l2(*(weights(Run(str(runs / which)), steps=FEW) for which in (name, "fp32")))
+def test_precisions_stay_near_float32(trained: Trained, name: str, distance: float) -> None:
+    difference = relative_l2(*(weights(trained(which)[0], steps=FEW) for which in (name, "fp32")))
     assert 0 < difference <= distance
 
 
-def test_the_offloaded_optimizer_trains_the_same(runs: Path) -> None:
-    assert_same_trajectory(Run(str(runs / "offloaded")), Run(str(runs / "fp32")), FEW)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"), ("as-shipped", "bfloat16")],
+)
+def test_the_network_computes_in_the_recipes_precision(trained: Trained, name: str, dtype: str) -> None:
+    assert trained(name)[1]["computed_in"] == [f"torch.{dtype}"]
 
 
-def test_fp16_overflows_are_skipped_and_recorded(runs: Path) -> None:
-    run = Run(str(runs / "fp16-overflow"))
+@pytest.mark.parametrize("name", ["offloaded", "accumulated"])
+def test_other_layouts_train_the_same(trained: Trained, name: str) -> None:
+    assert_same_trajectory(trained(name)[0], trained("fp32")[0], FEW)
+
+
+def test_fp16_overflows_are_skipped_and_recorded(trained: Trained) -> None:
+    run = trained("fp16-overflow")[0]
     manifest = run.manifest(run.live_checkpoints()[-1])
     assert manifest.skips, "a loss scale of 2^24 must overflow"
     assert manifest.position - manifest.images == sum(stop - start for start, stop in manifest.skips)
@@ -87,8 +126,8 @@ def test_fp16_overflows_are_skipped_and_recorded(runs: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in weights(run, steps=2 * FEW).values())
 
 
-def test_deterministic_kernels_resume_bit_for_bit(runs: Path, tmp_path: Path, shards: str) -> None:
-    whole = Run(str(runs / "fp32"))
+def test_deterministic_kernels_resume_bit_for_bit(trained: Trained, tmp_path: Path, shards: str) -> None:
+    whole = trained("fp32")[0]
     settings = ("train.compile=false", "train.deterministic=true", "precision=fp32")
     for images in (FEW * BATCH, 2 * FEW * BATCH):
         train(tmp_path, shards, 1, [case("resumed", *settings, f"train.images={images}")])
@@ -98,14 +137,21 @@ def test_deterministic_kernels_resume_bit_for_bit(runs: Path, tmp_path: Path, sh
     assert all(torch.equal(value, theirs[key]) for key, value in weights(resumed, "state", 2 * FEW).items())
 
 
-def test_all_gpus_of_the_machine_train_what_one_does(runs: Path, tmp_path: Path, shards: str) -> None:
-    count = torch.cuda.device_count()
-    assert count >= 2, "needs two GPUs"
-    settings = ("train.compile=false", "train.deterministic=true", "precision=fp32", QUICK)
-    cases = [case(f"zero{stage}", *settings, f"deepspeed.zero_stage={stage}") for stage in STAGES]
-    train(tmp_path, shards, 2, cases)
-    for stage in STAGES:
-        assert_same_trajectory(Run(str(tmp_path / f"zero{stage}")), Run(str(runs / "fp32")), FEW)
+@pytest.mark.parametrize("name", [*(f"zero{stage}" for stage in STAGES), "gathers"])
+def test_two_gpus_train_what_one_does(trained: Trained, name: str) -> None:
+    assert_same_trajectory(trained(name)[0], trained("fp32")[0], FEW)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_two_gpus_train_what_one_does_nearly_in_low_precision(trained: Trained, precision: str) -> None:
+    run, found = trained(f"zero1-{precision}")
+    assert_same_trajectory(run, trained(precision)[0], FEW, distance=1e-2, loss=1e-2)
+    assert found["reduced_in"] == [{"bf16": "torch.float32", "fp16": "torch.float16"}[precision]]
+
+
+def test_the_forward_and_backward_pass_never_waits_for_the_gpu(trained: Trained) -> None:
+    """In the real loop, DeepSpeed included. Only the guard's look at the loss may wait, which comes after."""
+    assert trained("unwatched")[1]["watched"] > FEW, "what waits raises, from the third step on"
 
 
 def test_the_generator_gives_the_cpus_numbers() -> None:
@@ -126,27 +172,6 @@ def test_batches_are_copied_ahead_on_a_side_stream(shards: str) -> None:
             assert device.images.device == GPU
             assert np.array_equal(device.images.cpu().numpy(), host.images)
             assert np.array_equal(device.positions.cpu().numpy(), host.positions)
-
-
-def test_a_forward_and_backward_pass_never_waits_for_the_gpu() -> None:
-    """What waits for the device raises here: only the guard's look at the loss may, and it comes after."""
-    recipe = tiny_recipe()
-    model = UNet(recipe.unet_config()).to(GPU)
-    diffusion = recipe.build_diffusion()
-    x0, t = torch.zeros(4, 1, 8, 8, device=GPU), torch.arange(4, device=GPU)
-
-    def step() -> None:
-        noise = normal(0, Purpose.NOISE, t, (1, 8, 8))
-        output = model(diffusion.q_sample(x0, t, noise), t)
-        (output - noise).square().mean().backward()  # type: ignore[no-untyped-call]
-
-    step()  # tables are made and kernels loaded
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_activations_are_channels_last() -> None:
