@@ -7,6 +7,7 @@ from typing import Final
 from benchmarks.harness import OURS, Precision
 from benchmarks.report import Bar, missing_bar, ratio_bar
 from benchmarks.trainer.contenders import BARE, EXAMPLE
+from benchmarks.trainer.job import RUN_IN_S3, job_name
 from benchmarks.trainer.turns import StepTimes
 
 RANKS: Final = 2
@@ -19,22 +20,21 @@ Times = Mapping[str, StepTimes]
 """By `Job.name`."""
 
 
-def name(contender: str, precision: Precision, ranks: int = 1) -> str:
-    """As `Job.name`."""
-    return f"{contender} {precision}" + (f", {ranks} ranks" if ranks > 1 else "")
-
-
-_OURS: Final = name(OURS, Precision.BF16)
-"""The recipe's precision."""
+_BARE: Final = job_name(BARE, Precision.BF16)
+_OURS: Final = job_name(OURS, Precision.BF16)
+"""In the recipe's precision."""
+_OURS_IN_S3: Final = job_name(OURS, Precision.BF16, remark=RUN_IN_S3)
+_PEERS: Final = (
+    ("goodput-1-rank", GOODPUT_TARGET, _BARE),
+    ("end-to-end-fp32-default", DEFAULT_TARGET, job_name(EXAMPLE, Precision.FP32)),
+    ("end-to-end-bf16", BF16_TARGET, job_name(EXAMPLE, Precision.BF16)),
+)
+"""Claims, targets, and with whom ours is compared."""
 
 
 def bars(times: Times) -> list[Bar]:
     """Judge; whoever was not measured makes its bar short."""
-    return [
-        _bar("goodput-1-rank", GOODPUT_TARGET, times, name(BARE, Precision.BF16)),
-        _bar("end-to-end-fp32-default", DEFAULT_TARGET, times, name(EXAMPLE, Precision.FP32)),
-        _bar("end-to-end-bf16", BF16_TARGET, times, name(EXAMPLE, Precision.BF16)),
-    ]
+    return [_bar(claim, target, times, other) for claim, target, other in _PEERS]
 
 
 def remarks(times: Times, threads: int) -> list[str]:
@@ -45,13 +45,16 @@ def remarks(times: Times, threads: int) -> list[str]:
         threads: Of torch, of all ranks together.
     """
     ours = times[_OURS]
-    found = [_parts(ours, times[name(BARE, Precision.BF16)])]
-    fp32 = times.get(name(OURS, Precision.FP32))
+    found = [_parts(ours, times[_BARE])]
+    in_s3 = times.get(_OURS_IN_S3)
+    if in_s3 is not None:
+        found.append(_parts(in_s3, times[_BARE]))
+        found += [f"{claim}, {RUN_IN_S3}: {_ratio(times, other, in_s3)}" for claim, _, other in _PEERS]
+    fp32 = times.get(job_name(OURS, Precision.FP32))
     if fp32 is not None:
-        for other in (name(BARE, Precision.FP32), name(EXAMPLE, Precision.FP32)):
-            if other in times:
-                found.append(f"at fp32: {_over(times[other], fp32)}: {times[other].median / fp32.median:.3f}")
-    both = times.get(name(OURS, Precision.BF16, RANKS))
+        others = (job_name(BARE, Precision.FP32), job_name(EXAMPLE, Precision.FP32))
+        found += [f"at fp32: {_ratio(times, other, fp32)}" for other in others if other in times]
+    both = times.get(job_name(OURS, Precision.BF16, RANKS))
     found += [_ema(each) for each in (ours, both) if each is not None]
     if both is not None:
         found.append(_scaling(ours, both, threads))
@@ -65,6 +68,13 @@ def _bar(claim: str, target: float, times: Times, other: str) -> Bar:
     by_cpu = f"by processor time {theirs.median_cpu:.3f} s over {ours.median_cpu:.3f} s = "
     measured = f"{_over(theirs, ours)}; {by_cpu}{theirs.median_cpu / ours.median_cpu:.3f}"
     return ratio_bar(claim, target, ours, theirs, measured)
+
+
+def _ratio(times: Times, other: str, ours: StepTimes) -> str:
+    theirs = times.get(other)
+    if theirs is None:
+        return f"{other} was not measured"
+    return f"{_over(theirs, ours)}: {theirs.median / ours.median:.3f}"
 
 
 def _over(theirs: StepTimes, ours: StepTimes) -> str:

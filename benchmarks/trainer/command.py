@@ -2,8 +2,9 @@
 
 Everyone trains the recipe `cifar10` with batches of 8, in a process of its own. Ours streams shards from a
 real S3 server (SeaweedFS) on loopback, averages the weights, writes a row of metrics every 10 steps and a
-checkpoint every 100 into a run directory there; the bare step is the same network and optimizer on one batch
-in memory; the example reads the same pictures from a local folder. The server works on the same processors.
+checkpoint every 100, once into a run directory in a folder and once into one in that server, too; the bare
+step is the same network and optimizer on one batch in memory; the example reads the same pictures from a
+local folder. The server works on the same processors.
 """
 
 import argparse
@@ -44,6 +45,7 @@ class Options:
         threads: Of torch, of all of a contender's processes together.
         small: Take a small network, about which no bar is.
         fp32: Measure ours in fp32 too.
+        goodput: Measure nobody but the bare step and ours, in bf16: the other bars are short then.
         folder: Where everything is written.
         json: Where to write all samples; None: nowhere.
     """
@@ -53,6 +55,7 @@ class Options:
     threads: int
     small: bool
     fp32: bool
+    goodput: bool
     folder: Path
     json: Path | None
 
@@ -91,11 +94,11 @@ def run(options: Options) -> TrainerResult:
     Raises:
         ValueError: The peer's network does not compute what ours does, or somebody does not train.
     """
-    checks, missing = [], diffusers_example.missing()
+    checks, missing = [], [] if options.goodput else diffusers_example.missing()
     with site(options.folder, PICTURES, small=options.small, threads=options.threads) as place:
         if missing:
             print(f"{', '.join(missing)} not installed: the bars about {EXAMPLE} are short")
-        else:
+        elif not options.goodput:
             config = place.job(BARE, Precision.FP32).recipe().unet_config()
             checks.append(DIFFUSERS.check(config))
             print(checks[0].line())
@@ -154,10 +157,16 @@ def _warm_up_steps(steps: int, few: int) -> int:
 
 def _jobs(place: Site, options: Options, few: int, *, example: bool) -> list[tuple[Job, int]]:
     """Everyone, with the steps of a sample."""
+    ours = place.job(OURS, Precision.BF16, checkpoint_steps=options.steps)
+    if options.goodput:
+        return [(place.job(BARE, Precision.BF16), few), (ours, options.steps)]
     precisions = (Precision.BF16, Precision.FP32)
     found = [(place.job(BARE, precision), few) for precision in precisions]
-    for precision in precisions if options.fp32 else (Precision.BF16,):
-        found.append((place.job(OURS, precision, checkpoint_steps=options.steps), options.steps))
+    found.append((ours, options.steps))
+    if options.fp32:
+        found.append((place.job(OURS, Precision.FP32, checkpoint_steps=options.steps), options.steps))
+    in_s3 = place.job(OURS, Precision.BF16, checkpoint_steps=options.steps, run_in_s3=True)
+    found.append((in_s3, options.steps))
     if example:
         found += [(place.job(EXAMPLE, precision), few) for precision in precisions]
     return [*found, (place.job(OURS, Precision.BF16, ranks=RANKS), few)]
@@ -180,6 +189,11 @@ def read(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--repeats", type=int, default=5, metavar="N", help="samples of each (default 5)")
     add("--fp32", action="store_true", help="ours in fp32, too")
+    add(
+        "--goodput",
+        action="store_true",
+        help="nobody but the bare step and ours, in bf16: a third of the time; the other bars are short",
+    )
     add_training_options(
         parser,
         about_folder="where everything is written and removed again, about 1 GB for each sample of ours "

@@ -10,6 +10,8 @@ BATCH: Final = 8
 """Pictures of a step, of all ranks together."""
 LOG_STEPS: Final = 10
 """Steps from one row of metrics to the next."""
+RUN_IN_S3: Final = "run in S3"
+"""Remark of whoever has the run directory where the shards are."""
 SMALL: Final = (
     "image.size=16",
     "model.base_channels=32",
@@ -18,6 +20,12 @@ SMALL: Final = (
     "model.attention_resolutions=[8]",
 )
 """Makes of the recipe one for trying things out; no bar is about it."""
+
+
+def job_name(contender: str, precision: Precision, ranks: int = 1, remark: str = "") -> str:
+    """What a contender is called in tables and messages; arguments as the attributes of `Job`."""
+    several = f"{ranks} ranks" if ranks > 1 else ""
+    return ", ".join(filter(None, [f"{contender} {precision}", several, remark]))
 
 
 class Job(Record):
@@ -30,6 +38,7 @@ class Job(Record):
         pictures: Folder of the training split's pictures, for who reads no shards.
         out: Folder for what is written there; made by whoever writes.
         ranks: Processes that train together.
+        remark: What else tells it from others, in tables and messages.
     """
 
     contender: str
@@ -38,12 +47,12 @@ class Job(Record):
     pictures: str = ""
     out: str = ""
     ranks: int = 1
+    remark: str = ""
 
     @property
     def name(self) -> str:
         """In tables and messages."""
-        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
-        return f"{self.contender} {self.precision}{ranks}"
+        return job_name(self.contender, self.precision, self.ranks, self.remark)
 
     def recipe(self) -> Recipe:
         """The recipe that everyone follows, as far as they know it."""

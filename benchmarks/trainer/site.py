@@ -1,4 +1,4 @@
-"""The pictures, the S3 server that holds their shards and our runs, and the contenders' processes."""
+"""The pictures, the S3 server that holds their shards, and the contenders' processes."""
 
 import contextlib
 import tempfile
@@ -13,7 +13,7 @@ from benchmarks.encodings import photographs
 from benchmarks.harness import Precision
 from benchmarks.process import ANSWER_SECONDS, AnsweringCrew, AnsweringProcess, rank_variables
 from benchmarks.trainer.contenders import EXAMPLE
-from benchmarks.trainer.job import BATCH, LOG_STEPS, SMALL, Job, Turn
+from benchmarks.trainer.job import BATCH, LOG_STEPS, RUN_IN_S3, SMALL, Job, Turn
 from data_pipeline.build import BuildOptions
 from data_pipeline.index import load_index
 from data_pipeline.reader import ShardReader
@@ -46,7 +46,13 @@ class Site:
         self.pictures = self._write(pictures, 16 if small else 32)
 
     def job(
-        self, contender: str, precision: Precision, *, ranks: int = 1, checkpoint_steps: int | None = None
+        self,
+        contender: str,
+        precision: Precision,
+        *,
+        ranks: int = 1,
+        checkpoint_steps: int | None = None,
+        run_in_s3: bool = False,
     ) -> Job:
         """Return what a contender is told.
 
@@ -55,14 +61,15 @@ class Site:
             precision: Of the network's arithmetic.
             ranks: Processes that train together.
             checkpoint_steps: Steps from checkpoint to checkpoint; None: there are none.
+            run_in_s3: Keep the run directory in the S3 server, too, rather than in a folder.
         """
-        run = f"{contender}-{precision}-{ranks}"
+        out = f"{contender}-{precision}-{ranks}" + ("-s3" if run_in_s3 else "")
         every = _NEVER if checkpoint_steps is None else checkpoint_steps * BATCH
         overrides = (
             *self._model,
             f"batch.total={BATCH}",
             f"data.url={self._shards}",
-            f"run={self._server.url}/{run}",
+            f"run={self._server.url if run_in_s3 else self._place}/{out}",
             f"logging.every_images={LOG_STEPS * BATCH}",
             f"checkpoint.every_images={every}",
             "checkpoint.keep=2",  # so that old ones are removed, as in a run that has lasted
@@ -73,8 +80,9 @@ class Site:
             precision=precision,
             overrides=overrides,
             pictures=str(self._folder),
-            out=str(self._place / run),
+            out=str(self._place / out),
             ranks=ranks,
+            remark=RUN_IN_S3 if run_in_s3 else "",
         )
 
     def start(self, job: Job) -> "Crew":
@@ -84,7 +92,7 @@ class Site:
             "CUDA_VISIBLE_DEVICES": "",  # everyone on the processor
             "OMP_NUM_THREADS": str(max(1, self._threads // job.ranks)),
         }
-        return Crew(job, env, self._place)
+        return Crew(job, env)
 
     def _write(self, count: int, size: int) -> int:
         """Build shards of photographs, and write the training split as files, too; return its size."""
@@ -116,10 +124,9 @@ class Crew(AnsweringCrew):
     Args:
         job: What they train.
         env: Added to this process's environment.
-        place: Folder for their logs.
     """
 
-    def __init__(self, job: Job, env: dict[str, str], place: Path) -> None:
+    def __init__(self, job: Job, env: dict[str, str]) -> None:
         self.job = job
         launched = [{}] if job.contender == EXAMPLE else rank_variables(job.ranks)
         processes = [
@@ -128,7 +135,7 @@ class Crew(AnsweringCrew):
                 f"{job.name}, rank {rank}",
                 job.model_dump_json(),
                 {**env, **variables},
-                place / f"{job.contender}-{job.precision}-{job.ranks}-{rank}.log",
+                Path(f"{job.out}-{rank}.log"),
             )
             for rank, variables in enumerate(launched)
         ]

@@ -11,10 +11,10 @@ from benchmarks.network import CIFAR10, SMALL
 from benchmarks.peers import diffusers_example
 from benchmarks.process import AnsweringProcess, Hang
 from benchmarks.trainer import job as jobs
-from benchmarks.trainer.bars import bars, name, remarks
+from benchmarks.trainer.bars import bars, remarks
 from benchmarks.trainer.command import TrainerResult, main, read
 from benchmarks.trainer.contenders import BARE, EXAMPLE
-from benchmarks.trainer.job import Job, Turn
+from benchmarks.trainer.job import RUN_IN_S3, Job, Turn, job_name
 from benchmarks.trainer.pace import Ended, Pace
 from benchmarks.trainer.site import Crew, site
 from benchmarks.trainer.turns import StepTimes
@@ -24,6 +24,7 @@ EVERYONE = [
     "bare bf16",
     "bare fp32",
     "ours bf16",
+    "ours bf16, run in S3",
     "diffusers-example bf16",
     "diffusers-example fp32",
     "ours bf16, 2 ranks",
@@ -44,7 +45,7 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(times) == EVERYONE
     for each in times.values():
         assert len(each["wall"]) == len(each["cpu"]) == len(each["steps"]) == 2
-        steps = 40 if each["name"] == "ours bf16" else 10
+        steps = 40 if each["name"] in ("ours bf16", "ours bf16, run in S3") else 10
         assert [len(turn) for turn in each["steps"]] == [steps, steps]
         assert min(each["wall"] + each["cpu"]) > 0
     assert len(times["ours bf16"]["ema"]) == 80, "every update averages"
@@ -76,11 +77,12 @@ def test_the_peer_trains_in_its_own_process(tmp_path: Path) -> None:
 
 
 def test_crews_end_what_hangs_or_fails(tmp_path: Path) -> None:
-    job = Job(contender=OURS, precision=BF16, overrides=("data.url=", f"run={tmp_path / 'run'}"))
-    crew = Crew(job, {"OMP_NUM_THREADS": "1"}, tmp_path)
+    run = str(tmp_path / "run")
+    job = Job(contender=OURS, precision=BF16, overrides=("data.url=", f"run={run}"), out=run)
+    crew = Crew(job, {"OMP_NUM_THREADS": "1"})
     with pytest.raises(Hang, match="ours bf16, rank 0: no answer to 'steps' in 0 s"), crew:
         crew.steps(1, seconds=0.0)
-    crew = Crew(job.model_copy(update={"contender": "nobody"}), {}, tmp_path)
+    crew = Crew(job.model_copy(update={"contender": "nobody"}), {})
     with pytest.raises(ChildProcessError, match="KeyError: 'nobody'"), crew:
         crew.steps(1)
 
@@ -118,13 +120,15 @@ def test_the_recipe_is_the_one_that_is_measured(tmp_path: Path) -> None:
     assert (tiny.image_size, tiny.widths) == (SMALL.image_size, SMALL.widths)
 
 
-def times(contender: str, precision: Precision, step: float, ranks: int = 1, repeats: int = 5) -> StepTimes:
+def times(
+    contender: str, precision: Precision, step: float, ranks: int = 1, repeats: int = 5, remark: str = ""
+) -> StepTimes:
     """A contender of equal steps but for a last one that takes longer by half of all."""
     turn = [step / 1.5] * 9 + [step / 1.5 * 6]
     return StepTimes(
         wall=[step] * repeats,
         cpu=[2 * step] * repeats,
-        name=name(contender, precision, ranks),
+        name=job_name(contender, precision, ranks, remark),
         ranks=ranks,
         steps=[turn] * repeats,
         ema=[0.01 / ranks] * 20 if contender == OURS else [],
@@ -161,6 +165,7 @@ def test_remarks() -> None:
     found = by_name(
         times(BARE, BF16, 0.25),
         times(OURS, BF16, 0.6),
+        times(OURS, BF16, 0.75, remark=RUN_IN_S3),
         times(OURS, BF16, 0.3, ranks=2),
         times(OURS, FP32, 1.0),
         times(BARE, FP32, 0.9),
@@ -171,11 +176,16 @@ def test_remarks() -> None:
         "ours bf16: 600.00 ms per step are 250.00 ms of the bare step, 150.00 ms of what every step has "
         "beside it (EMA 10.00 ms), and 200.00 ms of rows and checkpoint, spread over all steps"
     )
-    assert said[1].endswith("bare fp32 0.900 s per step over ours fp32 1.000 s: 0.900")
-    assert said[2].endswith("diffusers-example fp32 1.200 s per step over ours fp32 1.000 s: 1.200")
-    assert said[3].startswith("EMA at 1 rank: 10.00 ms per update (10.00 ms to 10.00 ms, 20 updates), 2.50 %")
-    assert said[4].startswith("EMA at 2 ranks: 5.00 ms per update")
-    assert said[5].startswith("scaling from 1 to 2 ranks: 2.000 times")
+    in_s3 = "ours bf16, run in S3"
+    assert said[1].startswith(f"{in_s3}: 750.00 ms per step are 250.00 ms of the bare step, 250.00 ms of")
+    assert said[2] == (f"goodput-1-rank, run in S3: bare bf16 0.250 s per step over {in_s3} 0.750 s: 0.333")
+    assert said[3].endswith(f"diffusers-example fp32 1.200 s per step over {in_s3} 0.750 s: 1.600")
+    assert said[4] == "end-to-end-bf16, run in S3: diffusers-example bf16 was not measured"
+    assert said[5].endswith("bare fp32 0.900 s per step over ours fp32 1.000 s: 0.900")
+    assert said[6].endswith("diffusers-example fp32 1.200 s per step over ours fp32 1.000 s: 1.200")
+    assert said[7].startswith("EMA at 1 rank: 10.00 ms per update (10.00 ms to 10.00 ms, 20 updates), 2.50 %")
+    assert said[8].startswith("EMA at 2 ranks: 5.00 ms per update")
+    assert said[9].startswith("scaling from 1 to 2 ranks: 2.000 times")
 
 
 def test_what_does_not_train_is_refused() -> None:
