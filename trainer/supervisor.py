@@ -115,8 +115,9 @@ def supervise(
             if restart == restarts or (ended is not None and ended.outcome == "failed"):
                 break
             log.warning("training failed; restart %d of %d from the newest checkpoint", restart + 1, restarts)
-    if placement.node_rank == 0 and run.newest_attempt() and run.ended() is None:
-        run.fail_attempt(run.newest_attempt())
+    attempt = run.newest_attempt() if placement.node_rank == 0 else 0
+    if attempt and run.ended() is None:
+        run.fail_attempt(attempt)
     return ExitCode.FAILED
 
 

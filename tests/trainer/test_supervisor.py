@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from data_pipeline.errors import ExitCode, UserError
-from tests.support import make_run
+from tests.support import make_run, tiny_recipe
+from trainer.preflight import check_inputs
+from trainer.run import Run
 from trainer.supervisor import Placement, _choose_port, _outcome, _visible_devices, supervise
 
 
@@ -60,6 +62,23 @@ def test_without_a_device_none_is_shown_to_the_ranks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert _visible_devices(2) == ["-1", "-1"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "refused"),
+    [("bf16", (7, 5), True), ("tf32", (7, 0), True), ("bf16", (8, 0), False), ("fp32", (7, 5), False)],
+)
+def test_what_a_gpu_would_only_emulate_is_refused(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int], refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    run = Run("/no/such/run")
+    # The data are looked at next.
+    message = f"precision={precision}: Tesla T4" if refused else "/no/such/data/index.json"
+    with pytest.raises(UserError, match=message):
+        check_inputs(tiny_recipe(["data.url=/no/such/data", f"precision={precision}"]), run, 1)
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
