@@ -1,5 +1,8 @@
 """DeepSpeed's own judgement of the keys that it was given raw."""
 
+import contextlib
+import io
+
 import pydantic
 
 from data_pipeline.documents import describe_first
@@ -16,10 +19,11 @@ def check_config(recipe: Recipe) -> None:
     """
     if not recipe.deepspeed.config:
         return
-    # Late: DeepSpeed takes seconds to import.
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    # Late: DeepSpeed takes seconds to import, and logs to the stdout it finds then, which may be for JSON.
+    with contextlib.redirect_stdout(io.StringIO()):
+        from deepspeed.comm.config import CommsLoggerConfig
+        from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     config = build_config(recipe, micro_steps=1, parameters=2, on_gpu=False)
     judges = {

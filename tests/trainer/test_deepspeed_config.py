@@ -1,5 +1,9 @@
 """DeepSpeed's configuration: ours, the user's merged in, contradictions named."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from data_pipeline.errors import UserError
@@ -64,6 +68,20 @@ def test_raw_keys_are_merged_into_ours() -> None:
     assert isinstance(zero, dict)
     assert zero["reduce_bucket_size"] == 5000
     assert zero["stage"] == 1
+
+
+def test_deepspeed_says_nothing_on_stdout_when_it_is_asked() -> None:
+    program = """
+from tests.support import tiny_recipe
+from trainer.deepspeed_check import check_config
+check_config(tiny_recipe(["deepspeed.config={zero_optimization: {overlap_comm: true}}"]))
+import sys
+assert "deepspeed" in sys.modules
+"""
+    asked = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert (asked.returncode, asked.stdout) == (0, ""), asked.stderr
 
 
 @pytest.mark.parametrize(
