@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 STRAGGLER_RATIO: Final = 1.2
 """A rank whose own computing takes so many times the median rank's is named."""
-_CHUNK: Final = 1 << 18
-"""Numbers squared at a time: their float64 copies stay in the cache, ten times faster than all at once."""
+_CHUNK: Final = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Numbers squared at a time: float64 copies that stay in a processor's cache; for a GPU fewer kernels."""
 
 Mark = float | torch.cuda.Event
 """A moment on a device's clock."""
@@ -265,22 +265,20 @@ def state_squares(masters: Sequence[Tensor], flats: Mapping[str, Sequence[Tensor
         float64 [1 + 2 * profiles] on the CPU: of the weights; of each average, and of its difference from
         them.
     """
-    sums = [_square_sum(masters)]
-    for averages in flats.values():
-        sums += [_square_sum(averages), _square_sum(averages, minus=masters)]
-    return torch.stack([total.cpu() for total in sums])
-
-
-def _square_sum(flats: Sequence[Tensor], minus: Sequence[Tensor] | None = None) -> Tensor:
-    device = flats[0].device if flats else None
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for index, flat in enumerate(flats):
-        for start in range(0, len(flat), _CHUNK):
-            piece = flat[start : start + _CHUNK].double()
-            if minus is not None:
-                piece = piece - minus[index][start : start + _CHUNK]
-            total += piece.dot(piece)
-    return total
+    device = masters[0].device if masters else torch.device("cpu")
+    sums = torch.zeros(1 + 2 * len(flats), dtype=torch.float64, device=device)
+    size = _CHUNK[device.type]
+    for span, master in enumerate(masters):
+        for start in range(0, len(master), size):
+            piece = slice(start, start + size)
+            weights = master[piece].double()
+            sums[0] += weights.dot(weights)
+            for profile, averages in enumerate(flats.values()):
+                average = averages[span][piece].double()
+                sums[1 + 2 * profile] += average.dot(average)
+                distance = average - weights
+                sums[2 + 2 * profile] += distance.dot(distance)
+    return sums.cpu()
 
 
 def _norms(squares: Sequence[float], profiles: Sequence[str]) -> dict[str, float]:

@@ -138,10 +138,10 @@ def test_own_computing_ends_with_the_last_gradient(ranks: Ranks) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk", [3, 1 << 18])
 def test_norms_of_divided_state(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int) -> None:
-    monkeypatch.setattr(log_window, "_CHUNK", chunk)
+    monkeypatch.setattr(log_window, "_CHUNK", {"cpu": chunk})
     generator = torch.Generator().manual_seed(0)
     weights, one, two = (torch.randn(20, generator=generator, dtype=dtype) for _ in range(3))
-    original = weights.clone()
+    originals = weights.clone(), one.clone(), two.clone()
     parts = []
     for a, b, c in ((0, 7, 11), (11, 11, 20)):
         w, x, y = ([tensor[a:b], tensor[b:c]] for tensor in (weights, one, two))
@@ -149,7 +149,8 @@ def test_norms_of_divided_state(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
     exact = weights.double(), one.double(), one.double() - weights, two.double(), two.double() - weights
     expected = torch.stack([(tensor**2).sum() for tensor in exact])
     torch.testing.assert_close(sum(parts), expected, rtol=1e-14, atol=0)
-    assert torch.equal(weights, original), "measuring must change nothing"
+    for tensor, original in zip((weights, one, two), originals, strict=True):
+        assert torch.equal(tensor, original), "measuring must change nothing"
 
 
 @pytest.mark.parametrize(
