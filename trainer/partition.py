@@ -34,6 +34,11 @@ class Piece:
     span: int
     offset: int
 
+    @property
+    def place(self) -> slice:
+        """Where it lies within its span."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -70,8 +75,7 @@ class Partition:
 
     @staticmethod
     def _slice(piece: Piece, roles: Mapping[str, Sequence[Tensor]]) -> Slice:
-        place = slice(piece.offset, piece.offset + piece.stop - piece.start)
-        views = {role: flats[piece.span][place].detach() for role, flats in roles.items()}
+        views = {role: flats[piece.span][piece.place].detach() for role, flats in roles.items()}
         return Slice(piece.parameter, piece.start, piece.stop, views)
 
 

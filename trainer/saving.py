@@ -241,12 +241,20 @@ def whole_tensors(
 ) -> dict[str, Tensor]:
     """Return whole tensors on rank 0 of what every rank holds its part of; all ranks call this together.
 
+    A single rank copies nothing: what is returned are views of `flats`.
+
     Args:
         ranks: The processes of the job.
         partition: What of which parameter this rank holds.
         flats: Its numbers, laid out as the partition's masters.
         shapes: Of the parameters.
     """
+    if ranks.world == 1:
+        own = [
+            (piece.parameter, piece.start, piece.stop, flats[piece.span][piece.place])
+            for piece in partition.pieces
+        ]
+        return assemble(shapes, own)
     begins = [0, *accumulate(flat.numel() for flat in flats)]
     layout = [
         (piece.parameter, piece.start, piece.stop, begins[piece.span] + piece.offset)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from s3fs import S3FileSystem
 
 from data_pipeline.errors import StorageFault, UserError
@@ -22,8 +23,9 @@ from tests.trainer.checkpoint_support import State, draft, load_into, newest_loa
 from tests.trainer.thread_ranks import alone, on_ranks
 from trainer.checkpoint import SupersededError, verify
 from trainer.distributed import FollowedError, Ranks
+from trainer.partition import Partition, Piece
 from trainer.run import Run
-from trainer.saving import CheckpointWriter, Job
+from trainer.saving import CheckpointWriter, Job, whole_tensors
 from trainer.telemetry import MetricsLog
 
 SIZE = 40_000
@@ -84,6 +86,15 @@ def test_training_goes_on_while_a_checkpoint_of_its_moment_is_written(
     assert writer.published == run.manifest(draft(64).name)
     assert_holds(run, 64)
     writer.close()
+
+
+def test_a_single_rank_s_whole_tensors_are_views_of_its_state() -> None:
+    spans = [torch.arange(6.0), torch.arange(4.0)]
+    partition = Partition(spans, {}, [Piece("a", 0, 6, 0, 0), Piece("b", 0, 3, 1, 0)])
+    whole = whole_tensors(alone(), partition, spans, {"a": torch.Size([2, 3]), "b": torch.Size([3])})
+    assert whole["a"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert whole["b"].tolist() == [0.0, 1.0, 2.0]  # what follows is padding
+    assert [tensor.data_ptr() for tensor in whole.values()] == [span.data_ptr() for span in spans]
 
 
 def test_one_is_on_its_way_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
