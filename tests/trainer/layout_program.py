@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,10 +18,11 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from data_pipeline.device import DeviceBatch
-from trainer import loop
+from trainer import loop, preflight
 from trainer.clock import ema_decay
 from trainer.distributed import Environment, FollowedError, Ranks
 from trainer.engine import init_process_group
@@ -35,7 +37,8 @@ from trainer.stop import StopReason, StopRequest
 class Injected(loop.Trainer):
     """A trainer whose losses of some stream positions are replaced, which is counted, and that may be killed.
 
-    It writes down which samples it has trained on, beside the run: `RUN.ids-RANK`.
+    It writes down which samples it has trained on, beside the run: `RUN.ids-RANK`; and it counts the networks
+    of attempts before that it still meets in memory.
     """
 
     poison: dict[str, Any] | None = None
@@ -44,9 +47,13 @@ class Injected(loop.Trainer):
     never_waits = False
     watched = 0
     computed_in: ClassVar[set[str]] = set()
+    networks: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+    met: ClassVar[list[int]] = []
 
     def __init__(self, recipe: Recipe, run: Run, ranks: Ranks, session: Session, *rest: Any) -> None:
+        Injected.met.append(len(self.networks))
         super().__init__(recipe, run, ranks, session, *rest)
+        self.networks.add(self.engine.module)
         stem = next(each for each in self.engine.module.modules() if isinstance(each, nn.Conv2d))
         stem.register_forward_hook(lambda _module, _inputs, output: self.computed_in.add(str(output.dtype)))
 
@@ -166,10 +173,15 @@ def reductions() -> Iterator[set[str]]:
 def asked_as_on_a_gpu() -> Iterator[None]:
     """Answer for the CPU who asks for autocast without naming a device, which means a GPU.
 
-    DeepSpeed does, and switches off what it finds: on a CPU nobody would notice.
+    DeepSpeed does, and switches off what it finds: on a CPU nobody would notice. Nobody refuses float16
+    either, which torch computes with on any CPU, if slowly.
     """
     is_enabled = torch.is_autocast_enabled
-    with patch.object(torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)):
+    with (
+        patch.object(torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)),
+        patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: True),
+        patch.object(preflight, "_GPU_ONLY", ()),
+    ):
         yield
 
 
@@ -181,8 +193,8 @@ def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest, reduced: set
     kind.poison, kind.kill = case.get("poison"), case.get("kill")
     kind.never_waits = case.get("never_waits", False)
     error = None
-    reduced.clear()
-    Injected.computed_in.clear()
+    for noted in (reduced, Injected.computed_in, Injected.networks, Injected.met):
+        noted.clear()
     with patch.object(loop, "Trainer", kind):
         try:
             loop.train(recipe, Run(recipe.run), ranks, stop)
@@ -195,6 +207,7 @@ def run_case(case: dict[str, Any], ranks: Ranks, stop: StopRequest, reduced: set
         "reduced_in": sorted(reduced),
         "computed_in": sorted(Injected.computed_in),
         "watched": Injected.watched,
+        "networks_met": list(Injected.met),
     }
 
 

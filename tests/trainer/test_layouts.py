@@ -27,7 +27,12 @@ POISONED = {
     "spike": {"positions": [9 * BATCH, 10 * BATCH], "factor": 1e4},
     "rolled-back": {"positions": [8 * BATCH, 11 * BATCH], "factor": float("nan")},
     "diverged": {"positions": [7 * BATCH, 10**9], "factor": float("nan")},
+    "fp16-harm": {"positions": [8 * BATCH, 12 * BATCH], "factor": 1e30},
 }
+
+
+def _loss_scale(power: int) -> str:
+    return f"{{fp16: {{initial_scale_power: {power}, hysteresis: 1}}}}"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,15 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
         case("nan", more, "deepspeed.zero_stage=3", poison=POISONED["nan"]),
         case("spike", more, "guard.warmup_updates=5", poison=POISONED["spike"]),
         case("rolled-back", more, "guard.skips=2", poison=POISONED["rolled-back"]),
+        case("fp16", more, "precision=fp16", f"deepspeed.config={_loss_scale(24)}"),
+        case(
+            "fp16-harm",
+            more,
+            "precision=fp16",
+            f"deepspeed.config={_loss_scale(2)}",
+            "guard.skips=2",
+            poison=POISONED["fp16-harm"],
+        ),
         case("diverged", "guard.skips=1", "guard.rollbacks=2", poison=POISONED["diverged"]),
     ]
     found = train(folder, shards, 2, cases)
@@ -174,6 +188,31 @@ def test_beyond_the_budget_the_run_goes_back_and_passes_over(
     assert [row["images"] for row in metric_rows(run, [1])] == [BATCH * n for n in range(1, 9)], (
         "what led to the rollback stays readable"
     )
+    assert found["rolled-back"]["networks_met"] == [0, 0], "memory would have to hold both attempts' states"
+
+
+def test_fp16_passes_over_what_its_loss_scale_is_too_large_for(two_ranks: Path) -> None:
+    run = Run(str(two_ranks / "fp16"))
+    manifest = run.manifest(run.live_checkpoints()[-1])
+    assert manifest.skips, "a loss scale of 2^24 must overflow"
+    assert manifest.attempt == 1, "and may: that is no harm"
+    assert manifest.position - manifest.images == sum(stop - start for start, stop in manifest.skips)
+    assert manifest.loss_scale is not None
+    assert manifest.loss_scale["cur_scale"] < 2**24
+    assert all(value.dtype == torch.float32 for value in weights(run, steps=2 * FEW).values())
+
+
+def test_what_overflows_at_the_least_loss_scale_is_harm(
+    found: dict[str, dict[str, Any]], two_ranks: Path
+) -> None:
+    """From update 8 on gradients are beyond float16: the scale falls from 4 to 1, then the guard counts."""
+    assert found["fp16-harm"]["injected"] >= 4, "the fault must have happened"
+    assert found["fp16-harm"]["error"] is None
+    run = Run(str(two_ranks / "fp16-harm"))
+    assert [attempt.rollbacks for attempt in run.attempts()] == [0, 1]
+    manifest = run.manifest(run.live_checkpoints()[-1])
+    assert manifest.skips == [(FEW * BATCH, 12 * BATCH)]
+    assert all(torch.isfinite(value).all() for value in weights(run, steps=2 * FEW).values())
 
 
 def test_when_going_back_does_not_help_training_ends_with_one_line(
