@@ -2,9 +2,9 @@
 
 Everyone trains the recipe `cifar10` with batches of 8, in a process of its own. Ours streams shards from a
 real S3 server (SeaweedFS) on loopback, averages the weights, writes a row of metrics every 10 steps and a
-checkpoint every 100, once into a run directory in a folder and once into one in that server, too; the bare
-step is the same network and optimizer on one batch in memory; the example reads the same pictures from a
-local folder. The server works on the same processors.
+checkpoint every 100 into a run directory in a folder; the bare step is the same network and optimizer on one
+batch in memory; the example reads the same pictures from a local folder. The server works on the same
+processors.
 """
 
 import argparse
@@ -45,6 +45,7 @@ class Options:
         threads: Of torch, of all of a contender's processes together.
         small: Take a small network, about which no bar is.
         fp32: Measure ours in fp32 too.
+        run_in_s3: Measure ours with the run directory in the S3 server, too.
         goodput: Measure nobody but the bare step and ours, in bf16: the other bars are short then.
         folder: Where everything is written.
         json: Where to write all samples; None: nowhere.
@@ -55,6 +56,7 @@ class Options:
     threads: int
     small: bool
     fp32: bool
+    run_in_s3: bool
     goodput: bool
     folder: Path
     json: Path | None
@@ -166,8 +168,9 @@ def _jobs(place: Site, options: Options, few: int, *, example: bool) -> list[tup
     found.append((ours, options.steps))
     if options.fp32:
         found.append((place.job(OURS, Precision.FP32, checkpoint_steps=options.steps), options.steps))
-    in_s3 = place.job(OURS, Precision.BF16, checkpoint_steps=options.steps, run_in_s3=True)
-    found.append((in_s3, options.steps))
+    if options.run_in_s3:
+        in_s3 = place.job(OURS, Precision.BF16, checkpoint_steps=options.steps, run_in_s3=True)
+        found.append((in_s3, options.steps))
     if example:
         found += [(place.job(EXAMPLE, precision), few) for precision in precisions]
     return [*found, (place.job(OURS, Precision.BF16, ranks=RANKS), few)]
@@ -190,6 +193,7 @@ def read(arguments: Sequence[str] | None = None) -> Options:
     )
     add("--repeats", type=int, default=5, metavar="N", help="samples of each (default 5)")
     add("--fp32", action="store_true", help="ours in fp32, too")
+    add("--run-in-s3", action="store_true", help="ours with the run directory in the S3 server, too")
     add(
         "--goodput",
         action="store_true",

@@ -34,8 +34,8 @@ EVERYONE = [
 @pytest.mark.slow
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "trainer.json"
-    arguments = ["--small", "--steps", "40", "--repeats", "2", "--folder", str(tmp_path), "--json", str(file)]
-    result = main(arguments)
+    arguments = ["--small", "--run-in-s3", "--steps", "40", "--repeats", "2"]
+    result = main([*arguments, "--folder", str(tmp_path), "--json", str(file)])
     assert TrainerResult.from_json(file.read_bytes(), file.name) == result
     content = json.loads(file.read_bytes())
     assert content["schema"] == "trainer-benchmark/1"
