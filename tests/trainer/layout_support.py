@@ -128,6 +128,22 @@ def assert_same_trajectory(
     assert max(abs(a / b - 1) for a, b in zip(*rows, strict=True)) <= loss
 
 
+def loss_scale(power: int) -> str:
+    """Override of a recipe in fp16 whose loss scale begins at 2^power and falls with each overflow."""
+    return f"deepspeed.config={{fp16: {{initial_scale_power: {power}, hysteresis: 1}}}}"
+
+
+def assert_overflows_are_passed_over(run: Run) -> None:
+    """A run of 2 FEW updates with `loss_scale(24)` has skipped some, which is recorded and no harm."""
+    manifest = run.manifest(run.live_checkpoints()[-1])
+    assert manifest.skips, "a loss scale of 2^24 must overflow"
+    assert manifest.attempt == 1, "and may: that is no harm"
+    assert manifest.position - manifest.images == sum(stop - start for start, stop in manifest.skips)
+    assert manifest.loss_scale is not None
+    assert manifest.loss_scale["cur_scale"] < 2**24
+    assert all(value.dtype == torch.float32 for value in weights(run, steps=2 * FEW).values())
+
+
 def ids(run: Run) -> dict[int, list[int]]:
     """The samples of each update of the run's lineage, by the images before it, over all ranks."""
     found: dict[int, dict[int, list[int]]] = {}

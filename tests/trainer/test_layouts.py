@@ -14,8 +14,10 @@ from tests.trainer.layout_support import (
     HASTY,
     STAGES,
     STEPS,
+    assert_overflows_are_passed_over,
     assert_same_trajectory,
     case,
+    loss_scale,
     relative_l2,
     train,
     weights,
@@ -29,10 +31,6 @@ POISONED = {
     "diverged": {"positions": [7 * BATCH, 10**9], "factor": float("nan")},
     "fp16-harm": {"positions": [8 * BATCH, 12 * BATCH], "factor": 1e30},
 }
-
-
-def _loss_scale(power: int) -> str:
-    return f"{{fp16: {{initial_scale_power: {power}, hysteresis: 1}}}}"
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +56,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, shards: str) -> Path:
         case("nan", more, "deepspeed.zero_stage=3", poison=POISONED["nan"]),
         case("spike", more, "guard.warmup_updates=5", poison=POISONED["spike"]),
         case("rolled-back", more, "guard.skips=2", poison=POISONED["rolled-back"]),
-        case("fp16", more, "precision=fp16", f"deepspeed.config={_loss_scale(24)}"),
+        case("fp16", more, "precision=fp16", loss_scale(24)),
         case(
             "fp16-harm",
             more,
             "precision=fp16",
-            f"deepspeed.config={_loss_scale(2)}",
+            loss_scale(2),
             "guard.skips=2",
             poison=POISONED["fp16-harm"],
         ),
@@ -192,14 +190,7 @@ def test_beyond_the_budget_the_run_goes_back_and_passes_over(
 
 
 def test_fp16_passes_over_what_its_loss_scale_is_too_large_for(two_ranks: Path) -> None:
-    run = Run(str(two_ranks / "fp16"))
-    manifest = run.manifest(run.live_checkpoints()[-1])
-    assert manifest.skips, "a loss scale of 2^24 must overflow"
-    assert manifest.attempt == 1, "and may: that is no harm"
-    assert manifest.position - manifest.images == sum(stop - start for start, stop in manifest.skips)
-    assert manifest.loss_scale is not None
-    assert manifest.loss_scale["cur_scale"] < 2**24
-    assert all(value.dtype == torch.float32 for value in weights(run, steps=2 * FEW).values())
+    assert_overflows_are_passed_over(Run(str(two_ranks / "fp16")))
 
 
 def test_what_overflows_at_the_least_loss_scale_is_harm(
